@@ -1,0 +1,75 @@
+# Two commands do all the set-up, always: `make demo` and `make test`.
+PYTHON ?= $(firstword $(shell command -v python3.11 python3.12 python3.13 python3 2>/dev/null))
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet install -c envs/constraints.txt
+CONFIG_HOME := $(or $(XDG_CONFIG_HOME),$(HOME)/.config)
+STUDY ?= config/grids/demo.yaml
+SOURCES := abf kernels benchmarks tests
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+export PYTHONDONTWRITEBYTECODE :=
+# Threads are set by each job from its config; libraries must not start their own.
+export OMP_NUM_THREADS ?= 1
+export TOKENIZERS_PARALLELISM ?= false
+export MLFLOW_DISABLE_TELEMETRY := true
+
+.PHONY: help demo test check ui bench setup clean format reference
+.DEFAULT_GOAL := help
+
+help:  ## this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
+
+# --- environment: stamps, so that the second call does no work ---------------------------------
+$(VENV)/cpu.stamp: envs/cpu.txt envs/constraints.txt pyproject.toml
+	@began=$$(date +%s); \
+	test -n "$(PYTHON)" || { echo "make: no python3.11 or newer found; set PYTHON=/path/to/python" >&2; exit 1; }; \
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "make: $(PYTHON) is older than 3.11; set PYTHON=" >&2; exit 1; }; \
+	echo "set-up: making $(VENV) with $$($(PYTHON) --version) (about two minutes)"; \
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) && \
+	$(PIP) torch==2.13.0 && \
+	$(PIP) -r envs/cpu.txt && \
+	$(PIP) --no-deps --no-build-isolation -e . && \
+	touch $@ && echo "set-up: $$(( $$(date +%s) - began )) s"
+
+$(VENV)/dev.stamp: $(VENV)/cpu.stamp envs/dev.txt
+	@$(PIP) -r envs/dev.txt
+	@touch $@
+
+# --- the two commands --------------------------------------------------------------------------
+demo: $(VENV)/cpu.stamp  ## a small real study on this machine, to results/report/demo/index.html
+	@began=$$(date +%s); \
+	snakemake --profile profiles/local --config study=$(STUDY) && \
+	echo "demo: $$(( $$(date +%s) - began )) s; open results/report/demo/index.html, or run 'make ui'"
+
+test: $(VENV)/dev.stamp  ## the tests
+	@pytest
+
+# --- for those who change it -------------------------------------------------------------------
+check: $(VENV)/dev.stamp  ## lint, format, types, import contracts, workflow lint, generated files
+	ruff check $(SOURCES)
+	ruff format --check $(SOURCES)
+	pyright
+	lint-imports --no-logo
+	snakefmt --check workflow
+	snakemake --lint --config results=$(VENV)/lint
+	abf config --check config config/tiny.yaml config/grids/*.yaml
+
+format: $(VENV)/dev.stamp  ## format code and workflow
+	ruff check --fix $(SOURCES)
+	ruff format $(SOURCES)
+	snakefmt workflow
+
+reference: $(VENV)/cpu.stamp  ## rewrite config/config.yaml and config/schema.json
+	@abf config --write config
+
+ui: $(VENV)/cpu.stamp  ## the MLflow UI on 127.0.0.1, filled from what is on disk
+	@abf ui
+
+bench: $(VENV)/cpu.stamp  ## benchmarks: ratios measured side by side, to benchmarks/results/
+	@python -m benchmarks
+
+setup: $(VENV)/cpu.stamp  ## environment, and the Snakemake profile name `leonardo`
+	@abf link-profile leonardo --config-home "$(CONFIG_HOME)"
+
+clean:  ## caches and logs; results/ is never touched
+	rm -rf .snakemake logs build .pytest_cache .ruff_cache .hypothesis *.egg-info

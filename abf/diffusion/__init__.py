@@ -1,0 +1,1 @@
+"""Two-stream layout, corruptions and losses of block diffusion."""

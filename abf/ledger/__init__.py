@@ -1,0 +1,1 @@
+"""What was spent: one row per job attempt."""

@@ -1,0 +1,1 @@
+"""One decoder-only transformer, its attention seam, caches, heads and checkpoint conversion."""

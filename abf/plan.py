@@ -1,0 +1,360 @@
+"""From a study to stage directories: keys, inputs, and the `config.json` each stage reads.
+
+A key is a readable slug and 8 hex digits of a hash over only what the stage's chain reads, so a
+learning rate never re-tokenizes, and a changed cell never overwrites a finished one.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from abf.base import ConfigModel
+from abf.data.config import PackConfig
+from abf.errors import ConfigError
+from abf.eval.config import GENERATIVE_KINDS
+from abf.grid import Cell, Study
+from abf.hardware import resolve_precision
+from abf.segment.config import SentenceSegmenter
+from abf.stages import MANIFEST, STAGES
+
+DEFAULT_MAX_BLOCK = PackConfig().max_block
+Inputs = dict[str, "Instance | list[Instance]"]
+
+
+@dataclass(frozen=True)
+class Instance:
+    """One stage directory of the plan."""
+
+    stage: str
+    key: str
+    config: Mapping[str, Any]
+    inputs: Inputs = field(default_factory=dict)
+    threads: int = 1
+
+    @property
+    def place(self) -> str:
+        """Where it lives, relative to the results folder."""
+        return f"{self.stage}/{self.key}"
+
+    def directory(self, results: Path) -> Path:
+        """Where it lives."""
+        return results / self.place
+
+
+@dataclass(frozen=True)
+class PlannedCell:
+    """A cell with the stage directories it ends in."""
+
+    cell: Cell
+    run: str
+    train: Instance
+    decodes: Mapping[str, Instance]
+    score: Instance
+    pack: Instance
+    base: Instance
+    tokenizer: Instance
+    sources: tuple[Instance, ...]
+
+
+def digest(value: Any) -> str:
+    """8 hex digits over canonical JSON."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()[:8]
+
+
+class Plan:
+    """All stage directories of a study; equal work is planned once, whichever arm asks for it."""
+
+    def __init__(self, study: Study, results: Path) -> None:
+        self.study, self.results = study, results
+        self.instances: dict[tuple[str, str], Instance] = {}
+        self.cells = tuple(self._cell(cell) for cell in study.cells)
+        scores = [cell.score for cell in self.cells]
+        which = {"plan": self.path.name}
+        self.ledger = self._add("ledger", study.name, which, {"scores": scores}, keyed=False)
+        everything: Inputs = {"ledger": self.ledger, "scores": scores}
+        report = which | {"report": _dump(study.cells[0].config.report)}
+        self.report = self._add("report", study.name, report, everything, keyed=False)
+        self.mlflow = self._add("mlflow", study.name, which, everything, keyed=False)
+
+    def _add(
+        self,
+        stage: str,
+        slug: str,
+        config: Mapping[str, Any],
+        inputs: Inputs | None = None,
+        *,
+        keyed: bool = True,
+        threads: int = 1,
+    ) -> Instance:
+        """The stage directory with this content; made on first use."""
+        inputs = inputs or {}
+        upstream = {
+            name: [i.key for i in found] if isinstance(found, list) else found.key
+            for name, found in inputs.items()
+        }
+        key = f"{slug}-{digest([stage, config, upstream])}" if keyed else slug
+        known = self.instances.get((stage, key))
+        if known is None:
+            known = Instance(stage, key, dict(config), inputs, threads)
+            self.instances[stage, key] = known
+        return known
+
+    def _cell(self, cell: Cell) -> PlannedCell:
+        cfg = cell.config
+        sources = tuple(
+            self._add("fetch", _source_slug(source), {"source": _dump(source)})
+            for source in cfg.sources
+        )
+        documents = self._add(
+            "prepare", "documents", {"prepare": _dump(cfg.prepare)}, {"raw": list(sources)}
+        )
+        pack_cfg, base_cfg = {"pack": _dump(cfg.pack)}, _dump(cfg.base)
+        imported = cfg.base.kind == "import"
+        base: Instance | None = None
+        if imported:
+            base = self._add("base", "import", {"base": base_cfg})
+        source_of_tokens = base if base is not None else documents
+        tokenizer = self._add(
+            "tokenizer",
+            cfg.tokenizer.kind,
+            {"tokenizer": _dump(cfg.tokenizer)},
+            {"source": source_of_tokens},
+        )
+        tokens = self._add(
+            "tokenize", "tokens", {}, {"documents": documents, "tokenizer": tokenizer}
+        )
+
+        def packed(segmenter: ConfigModel, rows: PackConfig) -> Instance:
+            inputs: Inputs = {"documents": documents, "tokens": tokens}
+            reference = getattr(segmenter, "like", None)
+            if reference is not None:
+                inputs["reference"] = packed(reference, rows).inputs["segments"]
+            kind = segmenter.model_dump(include={"kind"})["kind"]
+            segments = self._add("segment", kind, {"segmenter": _dump(segmenter)}, inputs)
+            return self._add(
+                "pack",
+                kind,
+                {"pack": _dump(rows)},
+                {"tokens": tokens, "segments": segments, "tokenizer": tokenizer},
+            )
+
+        pack = packed(cfg.segmenter, cfg.pack)
+        # Every arm converts the same base model, so its rows must not depend on the arm.
+        length = cfg.pack.row_length
+        rows = PackConfig(row_length=length, max_block=min(DEFAULT_MAX_BLOCK, length - 1))
+        common = packed(SentenceSegmenter(), rows)
+        if base is None:
+            threads = base_cfg["train"]["threads"]
+            base = self._add(
+                "base", "pretrain", {"base": base_cfg}, {"packed": common}, threads=threads
+            )
+        init = self._add("convert", cfg.base.kind, pack_cfg, {"base": base, "packed": common})
+        train = self._add(
+            "train",
+            cell.name,
+            {"train": _dump(cfg.train), "seed": cfg.seed, "arm": cfg.arm},
+            {"init": init, "packed": pack},
+            threads=cfg.train.threads,
+        )
+        objective = cfg.train.objective.model_dump(mode="json")
+        decodes = {}
+        for task, task_cfg in cfg.tasks.items():
+            if task_cfg.kind not in GENERATIVE_KINDS:
+                continue
+            for decoder, decoder_cfg in cfg.decoders.items():
+                name = f"{task}.{decoder}"
+                decodes[name] = self._add(
+                    "decode",
+                    f"{train.key}/{name}",
+                    {
+                        "task": _dump(task_cfg),
+                        "decoder": _dump(decoder_cfg),
+                        "objective": objective,
+                        "seed": cfg.seed,
+                    },
+                    {"train": train, "packed": pack, "tokenizer": tokenizer},
+                    keyed=False,
+                    threads=decoder_cfg.threads,
+                )
+        score = self._add(
+            "score",
+            train.key,
+            {
+                "tasks": {name: _dump(task) for name, task in cfg.tasks.items()},
+                "decoders": {name: _dump(decoder) for name, decoder in cfg.decoders.items()},
+                "objective": objective,
+                "seed": cfg.seed,
+                "arm": cfg.arm,
+            },
+            {
+                "train": train,
+                "base": base,
+                "packed": pack,
+                "tokenizer": tokenizer,
+                "decodes": list(decodes.values()),
+            },
+            keyed=False,
+            threads=cfg.train.threads,
+        )
+        return PlannedCell(cell, train.key, train, decodes, score, pack, base, tokenizer, sources)
+
+    def write(self) -> int:
+        """Write every `config.json` whose text changes, and the plan itself; how many changed."""
+        changed = 0
+        for instance in self.instances.values():
+            path = instance.directory(self.results) / "config.json"
+            changed += _write_if_changed(path, _resolved(instance, path))
+        return changed + _write_if_changed(self.path, self.as_json())
+
+    @property
+    def path(self) -> Path:
+        """File that lists the study's cells and directories, read by ledger, report and ingest."""
+        return self.results / "plan" / f"{self.study.name}.json"
+
+    def as_json(self) -> str:
+        """The plan as text."""
+        cells = [
+            {
+                "name": planned.cell.name,
+                "arm": planned.cell.config.arm,
+                "seed": planned.cell.config.seed,
+                "run": planned.run,
+                "config": planned.cell.config.model_dump(mode="json"),
+                "train": planned.train.place,
+                "decodes": {name: d.place for name, d in planned.decodes.items()},
+                "score": planned.score.place,
+                "packed": planned.pack.place,
+                "segments": _one(planned.pack, "segments").place,
+                "base": planned.base.place,
+                "tokenizer": planned.tokenizer.place,
+                "sources": [source.place for source in planned.sources],
+            }
+            for planned in self.cells
+        ]
+        ends = {"ledger", "report", "mlflow"}
+        document = {
+            "study": self.study.name,
+            "grid": self.study.path.name,
+            "cells": cells,
+            "stages": [i.place for i in self.instances.values() if i.stage not in ends],
+        }
+        return json.dumps(document, indent=1, sort_keys=True) + "\n"
+
+    # --- what the Snakefile asks -------------------------------------------------------------
+
+    def targets(self) -> list[str]:
+        """Manifests of the report and of the MLflow ingest."""
+        return [self._manifest(self.report), self._manifest(self.mlflow)]
+
+    def inputs(self, stage: str) -> Callable[[Any], dict[str, Any]]:
+        """Input function of a stage's rule: upstream manifests by name, and the config."""
+
+        def inputs_of_stage(wildcards: Any) -> dict[str, Any]:
+            instance = self.find(stage, wildcards.key)
+            found: dict[str, Any] = {
+                name: [self._manifest(i) for i in up]
+                if isinstance(up, list)
+                else self._manifest(up)
+                for name, up in instance.inputs.items()
+            }
+            found["config"] = (instance.directory(self.results) / "config.json").as_posix()
+            return found
+
+        return inputs_of_stage
+
+    def threads(self, stage: str) -> Callable[[Any], int]:
+        """Threads function of a stage's rule."""
+
+        def threads_of_stage(wildcards: Any) -> int:
+            return self.find(stage, wildcards.key).threads
+
+        return threads_of_stage
+
+    def find(self, stage: str, key: str) -> Instance:
+        """The planned directory.
+
+        Raises:
+            ConfigError: this study does not plan it.
+        """
+        if (stage, key) not in self.instances:
+            known = ", ".join(k for s, k in sorted(self.instances) if s == stage)
+            raise ConfigError(f"{self.study.path} plans no {stage}/{key}; it plans: {known}")
+        return self.instances[stage, key]
+
+    def _manifest(self, instance: Instance) -> str:
+        return (instance.directory(self.results) / MANIFEST).as_posix()
+
+
+@functools.lru_cache(maxsize=4096)
+def _dump(config: ConfigModel) -> dict[str, Any]:
+    return config.model_dump(mode="json")
+
+
+def _one(instance: Instance, name: str) -> Instance:
+    found = instance.inputs[name]
+    assert isinstance(found, Instance)
+    return found
+
+
+def _source_slug(source: ConfigModel) -> str:
+    fields = source.model_dump()
+    if fields["kind"] == "pypi":
+        return fields["requirement"].partition("==")[0].lower()
+    return fields["kind"]
+
+
+def _resolved(instance: Instance, path: Path) -> str:
+    """Text of `config.json`. `auto` is resolved on first writing and never again for a key."""
+    assert instance.stage in STAGES, instance.stage
+    config = json.loads(json.dumps(instance.config))
+    choices: dict[str, dict[str, str]] = {}
+    before: dict[str, Any] = {}
+    if path.exists():
+        before = json.loads(path.read_text(encoding="utf-8")).get("resolved", {})
+
+    def settle(node: Any, where: str) -> None:
+        if not isinstance(node, dict):
+            return
+        for name, value in node.items():
+            here = f"{where}.{name}" if where else name
+            if name == "precision" and value == "auto":
+                if here not in before:
+                    chosen, why = resolve_precision()
+                    choices[here] = {"requested": "auto", "value": chosen, "because": why}
+                else:
+                    choices[here] = before[here]
+                node[name] = choices[here]["value"]
+            else:
+                settle(value, here)
+
+    settle(config, "")
+    document = {
+        "stage": instance.stage,
+        "key": instance.key,
+        "config": config,
+        "inputs": {
+            name: [i.place for i in up] if isinstance(up, list) else up.place
+            for name, up in instance.inputs.items()
+        },
+        "resolved": choices,
+    }
+    return json.dumps(document, indent=1, sort_keys=True) + "\n"
+
+
+def _write_if_changed(path: Path, text: str) -> bool:
+    """Write unless the file says so already: Snakemake reruns what reads a changed file."""
+    if path.exists() and path.read_text(encoding="utf-8") == text:
+        return False
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(f".{os.getpid()}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+    return True

@@ -1,0 +1,1 @@
+"""Segmenters: one file a `kind`; each turns a document's tokens into segment starts."""

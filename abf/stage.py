@@ -1,0 +1,121 @@
+"""Run one stage: lock, attempt record, staging folder, publish, manifest; used by every command."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import platform
+import shutil
+import subprocess
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from abf.artifacts import file_entries, publish, read_manifest
+from abf.files import lock, sha256, write_json
+from abf.stages import MANIFEST, STAGES, stage_dir
+from abf.track.attempts import attempt
+
+STAGING = ".staging"
+
+
+class StageRun:
+    """What a stage's code sees: an empty `staging` folder and its own directory."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        """Final home; undeclared files that survive a retry (checkpoints, journal) live here."""
+        self.staging = directory / STAGING
+        """Empty folder; payload names written here are published on success."""
+        self.counts: dict[str, Any] = {}
+        """Figures for the manifest."""
+        self.extra: dict[str, Any] = {}
+        """Fields for the attempt's closing record (energy, for example)."""
+
+
+def git_sha() -> str:
+    """Commit of the checkout the code runs from, `+` when it has changes, or `unknown`."""
+    root = Path(__file__).parent
+    git = ["git", "-C", str(root)]
+    try:
+        sha = subprocess.run(
+            [*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, timeout=20
+        )
+        dirty = subprocess.run(
+            [*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, timeout=20
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return "unknown"
+    if sha.returncode:
+        return "unknown"
+    return sha.stdout.strip() + ("+" if dirty.stdout.strip() else "")
+
+
+def versions() -> dict[str, str]:
+    """Versions that decide what the code does."""
+    names = ("torch", "numpy", "pyarrow", "tokenizers", "datasets", "transformers")
+    return {"python": platform.python_version()} | {name: version(name) for name in names}
+
+
+@contextlib.contextmanager
+def stage(
+    name: str,
+    out: Path,
+    *,
+    inputs: Mapping[str, Path | Sequence[Path]],
+    config: Path | None,
+    cores: int = 1,
+) -> Iterator[StageRun]:
+    """Check the inputs, let the body write into `staging`, publish, and write the manifest.
+
+    Args:
+        name: key of `STAGES`.
+        out: stage directory, or the path of its manifest.
+        inputs: upstream stage directories (or manifests) by name; each must be finished and whole.
+        config: `config.json` of this stage.
+        cores: processor cores given to the job, for the ledger.
+
+    Raises:
+        ArtifactError: an input is unfinished or damaged; the body wrote another payload.
+        LockError: another process works on this stage directory.
+    """
+    spec, directory = STAGES[name], stage_dir(out)
+    with lock(directory, f"abf {name}"):
+        began = time.time()
+        run = StageRun(directory)
+        with attempt(directory, rule=name, run=directory.name, cores=cores) as extra:
+            hashes = {}
+            for label, paths in inputs.items():
+                for path in [paths] if isinstance(paths, Path) else paths:
+                    read_manifest(path)
+                    manifest = stage_dir(path) / MANIFEST
+                    hashes.setdefault(label, []).append(
+                        {"path": os.path.relpath(manifest.parent), "sha256": sha256(manifest)}
+                    )
+            # A staging folder is somebody's who was killed: we hold the lock, so it is nobody's.
+            shutil.rmtree(run.staging, ignore_errors=True)
+            run.staging.mkdir()
+            (directory / MANIFEST).unlink(missing_ok=True)
+            try:
+                yield run
+                publish(run.staging, directory, spec.payload)
+            finally:
+                shutil.rmtree(run.staging, ignore_errors=True)
+            extra.update(run.extra)
+            manifest = {
+                "stage": name,
+                "stage_version": spec.version,
+                "key": directory.name,
+                "config": None if config is None else sha256(config),
+                "inputs": hashes,
+                "files": file_entries(directory, spec.payload),
+                "counts": run.counts,
+                "git_sha": git_sha(),
+                "versions": versions(),
+                "started": began,
+                "seconds": time.time() - began,
+                "core_seconds": sum(os.times()[:4]),
+            }
+            write_json(directory / MANIFEST, manifest)

@@ -1,0 +1,47 @@
+"""The stages of the pipeline: names, versions, payloads. Standard library only: the planner's."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+MANIFEST = "manifest.json"
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One kind of stage directory."""
+
+    name: str
+    """Rule and folder name."""
+    version: int
+    """Bump it when the stage's code changes what it writes: Snakemake then reruns it."""
+    payload: tuple[str, ...]
+    """Files and folders that the stage publishes beside its manifest."""
+
+
+STAGES: dict[str, Stage] = {
+    stage.name: stage
+    for stage in (
+        Stage("fetch", 1, ("raw",)),
+        Stage("prepare", 1, ("documents",)),
+        Stage("tokenizer", 1, ("tokenizer",)),
+        Stage("tokenize", 1, ("tokens",)),
+        Stage("segment", 1, ("segments",)),
+        Stage("pack", 1, ("packed",)),
+        Stage("base", 1, ("base",)),
+        Stage("convert", 1, ("init",)),
+        Stage("train", 1, ("model", "metrics.parquet")),
+        Stage("decode", 1, ("samples.parquet", "trace.arrows")),
+        Stage("score", 1, ("scores.parquet", "documents.parquet")),
+        Stage("ledger", 1, ("ledger.parquet",)),
+        Stage("report", 1, ("index.html", "figures")),
+        Stage("mlflow", 1, ("ingested.json",)),
+    )
+}
+
+
+def stage_dir(path: Path | str) -> Path:
+    """The stage directory, given it or its manifest."""
+    path = Path(path)
+    return path.parent if path.name == MANIFEST else path

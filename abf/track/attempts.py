@@ -1,0 +1,117 @@
+"""One record per attempt at a stage, however the attempt ends: the ledger is built from these.
+
+`attempts.jsonl` gets a RUNNING line when an attempt starts and a closing line when it ends; a
+heartbeat file is touched every few seconds, so that the length of a killed attempt is known too.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import socket
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from abf.errors import AbfError, Interrupted
+
+ATTEMPTS = "attempts.jsonl"
+HEARTBEAT = ".heartbeat"
+HEARTBEAT_SECONDS = 5.0
+
+
+def read_attempts(directory: Path) -> list[dict[str, Any]]:
+    """Records of a stage directory, oldest first; a torn last line (a crash) is left out."""
+    path = directory / ATTEMPTS
+    if not path.exists():
+        return []
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def _append(directory: Path, record: Mapping[str, Any]) -> None:
+    path = directory / ATTEMPTS
+    with open(path, "ab+") as handle:
+        # A crash can leave half a line; the next record must not be glued to it.
+        if handle.tell() and (handle.seek(-1, os.SEEK_END), handle.read(1))[1] != b"\n":
+            content = path.read_bytes()
+            os.truncate(path, content.rfind(b"\n") + 1)
+        handle.write((json.dumps(record, sort_keys=True) + "\n").encode())
+
+
+def job_id() -> str:
+    """The scheduler's job id, or this process and its start time (unique on the machine)."""
+    if slurm := os.environ.get("SLURM_JOB_ID"):
+        return slurm
+    return f"{os.getpid()}.{psutil.Process().create_time():.2f}"
+
+
+@contextlib.contextmanager
+def attempt(directory: Path, *, rule: str, run: str, cores: int) -> Iterator[dict[str, Any]]:
+    """Record this attempt; what the body puts into the yielded dict joins the closing record.
+
+    Args:
+        directory: the stage directory; the caller holds its lock.
+        rule: stage name.
+        run: key of the stage directory.
+        cores: processor cores the job was given.
+    """
+    number = 1 + max((r["attempt"] for r in read_attempts(directory)), default=0)
+    start = time.time()
+    heartbeat = directory / HEARTBEAT
+    # Our own heartbeat overwrites the last sign of life of an attempt that was killed.
+    last_heartbeat = heartbeat.stat().st_mtime if heartbeat.exists() else None
+    record: dict[str, Any] = {
+        "attempt": number,
+        "job_id": job_id(),
+        "host": socket.gethostname(),
+        "pid": os.getpid(),
+        "pid_start": psutil.Process().create_time(),
+        "rule": rule,
+        "run": run,
+        "cores": cores,
+        "gpus": 0,
+        "start": start,
+    }
+    _append(directory, record | {"state": "RUNNING", "last_heartbeat": last_heartbeat})
+    heartbeat.touch()
+    stop = threading.Event()
+
+    def beat() -> None:
+        while not stop.wait(HEARTBEAT_SECONDS):
+            # The folder may be removed by hand while we run; that must not end the job.
+            with contextlib.suppress(FileNotFoundError):
+                os.utime(heartbeat)
+
+    thread = threading.Thread(target=beat, name="heartbeat", daemon=True)
+    thread.start()
+    extra: dict[str, Any] = {}
+    state, reason = "FAILED", "unknown"
+    try:
+        yield extra
+        state, reason = "COMPLETED", ""
+    except (Interrupted, KeyboardInterrupt) as error:
+        state, reason = "INTERRUPTED", str(error) or "keyboard interrupt"
+        raise
+    except BaseException as error:
+        kind = "" if isinstance(error, AbfError) else f"{type(error).__name__}: "
+        reason = f"{kind}{error}"[:500]
+        raise
+    finally:
+        stop.set()
+        thread.join()
+        end = time.time()
+        times = os.times()
+        closing = {
+            "state": state,
+            "reason": reason,
+            "end": end,
+            "elapsed_s": end - start,
+            "core_seconds": times.user + times.system + times.children_user + times.children_system,
+        }
+        _append(directory, record | closing | extra)

@@ -1,0 +1,95 @@
+"""Settings of training. Imports no torch."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from abf.base import ConfigModel
+from abf.diffusion.config import Corruption, LossConfig, MaskedCorruption
+from abf.model.config import AttentionBackend, ImportedBase, ShapeConfig
+
+
+class OptimConfig(ConfigModel):
+    """AdamW; learning rate as a pure function of the step."""
+
+    lr: float = Field(default=1e-3, gt=0)
+    """Peak learning rate."""
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """Shape after the warm-up."""
+    warmup_fraction: float = Field(default=0.05, ge=0, lt=1)
+    """Share of all steps spent rising linearly to the peak."""
+    final_fraction: float = Field(default=0.1, ge=0, le=1)
+    """Learning rate at the last step, as a share of the peak."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """AdamW moments."""
+    weight_decay: float = Field(default=0.1, ge=0)
+    """Decoupled decay; matrices only."""
+    clip_norm: float = Field(default=1.0, gt=0)
+    """Largest global gradient norm."""
+
+
+class ArObjective(ConfigModel):
+    """Next-token prediction on the clean stream alone: the AR trainer, and the AR arm."""
+
+    kind: Literal["ar"] = "ar"
+
+
+class BlockObjective(ConfigModel):
+    """Block diffusion on two streams."""
+
+    kind: Literal["block"] = "block"
+    corruption: Corruption = MaskedCorruption()
+    """How clean blocks become noisy."""
+    loss: LossConfig = LossConfig()
+    """Terms and their weights."""
+
+
+Objective = Annotated[ArObjective | BlockObjective, Field(discriminator="kind")]
+
+
+class TrainConfig(ConfigModel):
+    """One training run, in clean tokens; everything random comes from `seed` and counters."""
+
+    objective: Objective = BlockObjective()
+    """What is minimised."""
+    tokens: int = Field(default=200_000, ge=1)
+    """Clean tokens to train on (row slots, padding included); rounded up to whole steps."""
+    batch_rows: int = Field(default=8, ge=1)
+    """Rows a step, over all ranks and micro-batches."""
+    micro_rows: int | None = Field(default=None, ge=1)
+    """Rows a forward pass; smaller than batch_rows / ranks accumulates gradients. None: all."""
+    optim: OptimConfig = OptimConfig()
+    """Optimiser and learning rate."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """`auto` is resolved once when the run is planned and written into its config.json."""
+    threads: int = Field(default=1, ge=1)
+    """CPU threads; part of the config because it changes the last bits."""
+    attention: AttentionBackend = "tiles"
+    """Attention back end, chosen explicitly."""
+    checkpoint_steps: int = Field(default=50, ge=1)
+    """Steps between checkpoints."""
+    keep_checkpoints: int = Field(default=2, ge=2)
+    """How many rolling checkpoints stay on disk."""
+    log_steps: int = Field(default=10, ge=1)
+    """Steps between journal records."""
+
+
+class PretrainedBase(ConfigModel):
+    """Train a small AR model from scratch first."""
+
+    kind: Literal["pretrain"] = "pretrain"
+    shape: ShapeConfig = ShapeConfig()
+    """Shape of the model."""
+    train: TrainConfig = TrainConfig(objective=ArObjective())
+    """How it is trained; the objective must be `ar`."""
+    seed: int = 0
+    """Seed of the weights and of the data order; the arms of a grid share it."""
+
+    def model_post_init(self, context: object) -> None:
+        if self.train.objective.kind != "ar":
+            raise ValueError("base.train.objective.kind must be `ar`")
+
+
+Base = Annotated[PretrainedBase | ImportedBase, Field(discriminator="kind")]

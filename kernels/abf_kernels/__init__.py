@@ -1,0 +1,1 @@
+"""Operators of block diffusion: one folder an operator, each with an oracle beside it."""

@@ -1,0 +1,43 @@
+# The plan: which stage directories a study needs, from what, and with which configuration.
+import os
+import sys
+from pathlib import Path
+
+from snakemake.exceptions import WorkflowError
+
+from abf.driver import claim
+from abf.errors import AbfError
+from abf.grid import load_study
+from abf.plan import Plan
+from abf.stages import STAGES
+
+STUDY = config.get("study") or os.environ.get("ABF_STUDY", "config/grids/demo.yaml")
+RESULTS = Path(config.get("results") or os.environ.get("ABF_RESULTS", "results"))
+ABF = f"{sys.executable} -m abf.cli"
+
+try:
+    PLAN = Plan(load_study(Path(STUDY)), RESULTS)
+    PLAN.write()
+except AbfError as error:
+    raise WorkflowError(str(error))
+
+
+def at(stage, name):
+    """Path pattern of a file in a stage's directories."""
+    return f"{RESULTS}/{stage}/{{key}}/{name}"
+
+
+def version(stage):
+    """Stage version; as a parameter it reruns the stage when it is bumped."""
+    return STAGES[stage].version
+
+
+wildcard_constraints:
+    key=r"[A-Za-z0-9][A-Za-z0-9_.=+-]*",
+
+
+onstart:
+    try:
+        claim(RESULTS, STUDY)
+    except AbfError as error:
+        raise WorkflowError(str(error))

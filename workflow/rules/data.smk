@@ -1,0 +1,97 @@
+# Text to packed rows.
+
+
+rule fetch:
+    input:
+        unpack(PLAN.inputs("fetch")),
+    output:
+        manifest=at("fetch", "manifest.json"),
+        raw=directory(at("fetch", "raw")),
+    log:
+        "logs/fetch/{key}.log",
+    benchmark:
+        at("fetch", "benchmark.tsv")
+    params:
+        version=version("fetch"),
+    shell:
+        "{ABF} fetch {output.manifest} 2>&1 | tee {log}"
+
+
+rule prepare:
+    input:
+        unpack(PLAN.inputs("prepare")),
+    output:
+        manifest=at("prepare", "manifest.json"),
+        documents=directory(at("prepare", "documents")),
+    log:
+        "logs/prepare/{key}.log",
+    benchmark:
+        at("prepare", "benchmark.tsv")
+    params:
+        version=version("prepare"),
+    shell:
+        "{ABF} prepare {output.manifest} 2>&1 | tee {log}"
+
+
+rule tokenizer:
+    input:
+        unpack(PLAN.inputs("tokenizer")),
+    output:
+        manifest=at("tokenizer", "manifest.json"),
+        tokenizer=directory(at("tokenizer", "tokenizer")),
+    log:
+        "logs/tokenizer/{key}.log",
+    benchmark:
+        at("tokenizer", "benchmark.tsv")
+    params:
+        version=version("tokenizer"),
+    shell:
+        "{ABF} tokenizer {output.manifest} 2>&1 | tee {log}"
+
+
+rule tokenize:
+    input:
+        unpack(PLAN.inputs("tokenize")),
+    output:
+        manifest=at("tokenize", "manifest.json"),
+        tokens=directory(at("tokenize", "tokens")),
+    log:
+        "logs/tokenize/{key}.log",
+    benchmark:
+        at("tokenize", "benchmark.tsv")
+    params:
+        version=version("tokenize"),
+    shell:
+        "{ABF} tokenize {output.manifest} 2>&1 | tee {log}"
+
+
+rule segment:
+    input:
+        unpack(PLAN.inputs("segment")),
+    output:
+        manifest=at("segment", "manifest.json"),
+        segments=directory(at("segment", "segments")),
+    log:
+        "logs/segment/{key}.log",
+    benchmark:
+        at("segment", "benchmark.tsv")
+    params:
+        version=version("segment"),
+    shell:
+        "{ABF} segment {output.manifest} 2>&1 | tee {log}"
+
+
+rule pack:
+    input:
+        unpack(PLAN.inputs("pack")),
+    output:
+        manifest=at("pack", "manifest.json"),
+        packed=directory(at("pack", "packed")),
+    log:
+        "logs/pack/{key}.log",
+    benchmark:
+        at("pack", "benchmark.tsv")
+    params:
+        version=version("pack"),
+    shell:
+        "{ABF} pack {output.manifest} 2>&1 | tee {log}"

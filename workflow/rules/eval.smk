@@ -1,0 +1,39 @@
+# Generation and scores.
+
+
+rule decode:
+    input:
+        unpack(PLAN.inputs("decode")),
+    output:
+        manifest=at("decode", "manifest.json"),
+        samples=at("decode", "samples.parquet"),
+        trace=at("decode", "trace.arrows"),
+    log:
+        "logs/decode/{key}.log",
+    benchmark:
+        at("decode", "benchmark.tsv")
+    wildcard_constraints:
+        key=r"[^/]+/[^/]+",
+    threads: PLAN.threads("decode")
+    params:
+        version=version("decode"),
+    shell:
+        "{ABF} decode {output.manifest} 2>&1 | tee {log}"
+
+
+rule score:
+    input:
+        unpack(PLAN.inputs("score")),
+    output:
+        manifest=at("score", "manifest.json"),
+        scores=at("score", "scores.parquet"),
+        documents=at("score", "documents.parquet"),
+    log:
+        "logs/score/{key}.log",
+    benchmark:
+        at("score", "benchmark.tsv")
+    threads: PLAN.threads("score")
+    params:
+        version=version("score"),
+    shell:
+        "{ABF} score {output.manifest} 2>&1 | tee {log}"
