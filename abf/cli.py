@@ -7,13 +7,14 @@ its settings and its input directories. `abf STAGE --help` says what each stage 
 from __future__ import annotations
 
 import argparse
+import errno
 import signal
 import sys
 from pathlib import Path
 from typing import Any, NoReturn
 
 from abf.commands import STAGE_COMMANDS, run_stage
-from abf.errors import AbfError, ConfigError, Interrupted
+from abf.errors import AbfError, ArtifactError, ConfigError, Interrupted
 from abf.stages import STAGES
 
 
@@ -88,6 +89,17 @@ def main(argv: list[str] | None = None) -> int:
     except AbfError as error:
         print(f"abf {arguments.command}: {error}", file=sys.stderr, flush=True)
         return error.exit_code
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        where = f" while writing {error.filename}" if error.filename else ""
+        print(
+            f"abf {arguments.command}: disk full{where}; nothing half-written was kept: free space "
+            "and run the same command again",
+            file=sys.stderr,
+            flush=True,
+        )
+        return ArtifactError.exit_code
     except KeyboardInterrupt:
         print(f"abf {arguments.command}: interrupted", file=sys.stderr, flush=True)
         return 130

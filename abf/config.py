@@ -87,6 +87,11 @@ class RunConfig(ConfigModel):
     """The report page."""
 
     def model_post_init(self, context: object) -> None:
+        if self.pack.max_block > self.pack.row_length - 1:
+            raise ValueError(
+                f"pack.max_block={self.pack.max_block} does not fit pack.row_length="
+                f"{self.pack.row_length} (at most row_length - 1)"
+            )
         imported = self.base.kind == "import"
         if imported != (self.tokenizer.kind == "checkpoint"):
             raise ValueError(
@@ -116,11 +121,6 @@ class RunConfig(ConfigModel):
                         f"tasks.{name}: prompt_tokens + new_tokens + 1 = {slots} is longer than "
                         f"pack.row_length={self.pack.row_length}, what the model was trained on"
                     )
-        if self.pack.max_block > self.pack.row_length - 1:
-            raise ValueError(
-                f"pack.max_block={self.pack.max_block} does not fit pack.row_length="
-                f"{self.pack.row_length} (at most row_length - 1)"
-            )
         if self.train.micro_rows and self.train.batch_rows % self.train.micro_rows:
             raise ValueError(
                 f"train.micro_rows={self.train.micro_rows} must divide "
@@ -156,8 +156,9 @@ def read_yaml(path: Path) -> dict[str, Any]:
         ConfigError: missing, not YAML, a key given twice, or not a mapping.
     """
     try:
-        with open(path, encoding="utf-8") as handle:
-            value = yaml.load(handle, _Loader)
+        loader = _Loader(path.read_bytes().decode("utf-8"))
+        loader.name = str(path)
+        value = loader.get_single_data()
     except FileNotFoundError:
         raise ConfigError(f"{path} does not exist") from None
     except UnicodeDecodeError as error:

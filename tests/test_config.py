@@ -1,0 +1,94 @@
+"""A faulty configuration fails before any job, naming key path, value and what is allowed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from abf.config import RunConfig, load
+from abf.errors import ConfigError
+from abf.reference import check_reference, reference_yaml
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def fault(tmp_path: Path):
+    def write(text: str) -> str:
+        path = tmp_path / "run.yaml"
+        path.write_text(text)
+        with pytest.raises(ConfigError) as caught:
+            load(path)
+        return str(caught.value)
+
+    return write
+
+
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [
+        ("train: {optim: {lrr: 1}}", ["train.optim.lrr", "unknown key", "value 1", "'lr'"]),
+        ("segmenter: {kind: sentense}", ["segmenter.kind", "sentense", "'random'", "'sentence'"]),
+        ("segmenter: {length: 3}", ["segmenter.kind", "missing"]),
+        ("segmenter: {kind: fixed, length: 0}", ["segmenter.length", "value 0", "greater"]),
+        ("segmenter: {kind: fixed}", ["segmenter", "exactly one of `length` and `like`"]),
+        ("train: {tokens: many}", ["train.tokens", "'many'", "integer"]),
+        ("sources: []", ["sources", "at least 1"]),
+        ("sources: [{kind: local, pth: x}]", ["sources[0].pth", "'path'"]),
+        ("pack: {row_length: 32, max_block: 64}", ["pack.max_block=64", "row_length=32"]),
+        (
+            "decoders: {d: {strategy: {kind: threshold}, extent: {kind: fixed, length: 99}}}",
+            ["decoders.d.extent.length=99", "max_block=64"],
+        ),
+        ("decoders: {d: {strategy: {kind: threshold}}}", ["decoders.d", "needs one"]),
+        (
+            "train: {objective: {kind: ar}}",
+            ["decoders.threshold_09.strategy.kind='threshold'", "'ar'"],
+        ),
+        (
+            "base: {kind: import, checkpoint: {kind: directory, path: x}}",
+            ["tokenizer.kind='trained'", "'checkpoint'"],
+        ),
+        (
+            "train: {objective: {kind: block, loss: {clean_stream: block_causal}}}",
+            ["train.objective.loss", "ar_weight"],
+        ),
+        ("base: {kind: pretrain, shape: {heads: 3}}", ["base.shape", "d_model (128)"]),
+        ("tasks: {t: {kind: continuation, new_tokens: 600}}", ["tasks.t", "row_length=512"]),
+        ("tasks: {Bad: {kind: likelihood}}", ["tasks.Bad", "a-z"]),
+        ("seed: 1\nseed: 2", ["run.yaml:2", "'seed'", "line 1"]),
+        ("- a", ["must hold a mapping"]),
+        ("a: [", ["is not YAML"]),
+        ("train: {micro_rows: 3}", ["train.micro_rows=3", "batch_rows=8"]),
+    ],
+)
+def test_faults_name_path_value_and_choices(fault, text: str, parts: list[str]) -> None:
+    message = fault(text)
+    for part in parts:
+        assert part in message
+
+
+def test_missing_file_and_wrong_encoding(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"nothing\.yaml does not exist"):
+        load(tmp_path / "nothing.yaml")
+    path = tmp_path / "latin.yaml"
+    path.write_bytes(b"study: caf\xe9")
+    with pytest.raises(ConfigError, match="byte 10"):
+        load(path)
+
+
+def test_generated_reference_is_current_and_loads_as_the_defaults() -> None:
+    check_reference(ROOT / "config")
+    assert load(ROOT / "config" / "config.yaml") == RunConfig()
+
+
+def test_a_drifted_reference_is_found(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text(reference_yaml().replace("seed: 0", "seed: 1", 1))
+    with pytest.raises(ConfigError, match="make reference"):
+        check_reference(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["tiny.yaml", "smollm2.yaml"])
+def test_shipped_run_files_are_valid(name: str) -> None:
+    assert load(ROOT / "config" / name).study
