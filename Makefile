@@ -51,7 +51,7 @@ check: $(VENV)/dev.stamp  ## lint, format, types, import contracts, workflow lin
 	pyright
 	lint-imports --no-logo
 	snakefmt --check workflow
-	snakemake --lint --config results=$(VENV)/lint
+	python tests/workflow/lint.py
 	abf config --check config config/tiny.yaml config/grids/*.yaml
 
 format: $(VENV)/dev.stamp  ## format code and workflow

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -302,12 +302,10 @@ def _shift(job: Job) -> bool:
     return True if objective["kind"] == "ar" else objective["loss"]["shift"]
 
 
-def _plan_of(job: Job) -> dict[str, Any]:
-    path = job.results / "plan" / job.setting("plan")
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ArtifactError(f"{path} does not exist; `abf plan STUDY.yaml` writes it") from None
+def _plan_of(job: Job) -> Mapping[str, Any]:
+    from abf.study import read_plan
+
+    return read_plan(job.results / "plan" / job.setting("plan"))
 
 
 def run_stage(name: str, path: Path) -> None:

@@ -29,7 +29,7 @@ from abf.decode.config import (
     ThresholdStrategy,
 )
 from abf.errors import ConfigError
-from abf.eval.config import GENERATIVE_KINDS, ContinuationTask, LikelihoodTask, Task
+from abf.eval.config import ContinuationTask, LikelihoodTask, Task
 from abf.report.config import ReportConfig
 from abf.segment.config import Segmenter, SentenceSegmenter
 from abf.train.config import Base, PretrainedBase, TrainConfig
@@ -112,7 +112,7 @@ class RunConfig(ConfigModel):
                     f"pack.max_block={self.pack.max_block}"
                 )
         for name, task in self.tasks.items():
-            if task.kind in GENERATIVE_KINDS:
+            if isinstance(task, ContinuationTask):
                 if not self.decoders:
                     raise ValueError(f"tasks.{name} generates text, but there are no decoders")
                 slots = 1 + task.prompt_tokens + task.new_tokens

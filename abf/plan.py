@@ -6,7 +6,6 @@ learning rate never re-tokenizes, and a changed cell never overwrites a finished
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import json
 import os
@@ -293,7 +292,6 @@ class Plan:
         return (instance.directory(self.results) / MANIFEST).as_posix()
 
 
-@functools.lru_cache(maxsize=4096)
 def _dump(config: ConfigModel) -> dict[str, Any]:
     return config.model_dump(mode="json")
 

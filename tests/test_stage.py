@@ -1,4 +1,4 @@
-"""Stages: nothing half-done under a final name, locks that name their holder, attempts on record."""
+"""Stages: nothing half-done under a final name, locks with a name on them, attempts on record."""
 
 from __future__ import annotations
 
@@ -22,7 +22,13 @@ from abf.files import atomic_path, lock, write_json
 from abf.stage import stage
 from abf.track.attempts import read_attempts
 
-ROW = {"doc_id": ["a"], "token_ids": [[1]], "char_start": [[0]], "byte_start": [[0]], "n_bytes": [1]}
+ROW = {
+    "doc_id": ["a"],
+    "token_ids": [[1]],
+    "char_start": [[0]],
+    "byte_start": [[0]],
+    "n_bytes": [1],
+}
 
 
 def make(directory: Path, text: str = "x") -> Path:
@@ -79,7 +85,9 @@ def test_damaged_input_is_refused_by_name(tmp_path: Path, damage: str) -> None:
     else:
         (upstream / "manifest.json").write_text("{")
     with (
-        pytest.raises(ArtifactError, match=r"ingested\.json (has 3|is missing)|manifest\.json is not"),
+        pytest.raises(
+            ArtifactError, match=r"ingested\.json (has 3|is missing)|manifest\.json is not"
+        ),
         stage("mlflow", tmp_path / "down", inputs={"up": upstream}, config=None),
     ):
         pass
@@ -136,7 +144,10 @@ def test_the_second_writer_is_told_who_holds_the_lock(tmp_path: Path) -> None:
     try:
         assert holder.stdout is not None
         assert holder.stdout.readline() == "held\n"
-        with pytest.raises(LockError, match=f"abf train, process {holder.pid} on "), lock(tmp_path, "x"):
+        with (
+            pytest.raises(LockError, match=f"abf train, process {holder.pid} on "),
+            lock(tmp_path, "x"),
+        ):
             pass
     finally:
         holder.kill()

@@ -1,5 +1,6 @@
 # The plan: which stage directories a study needs, from what, and with which configuration.
 import os
+import shlex
 import sys
 from pathlib import Path
 
@@ -13,7 +14,11 @@ from abf.stages import STAGES
 
 STUDY = config.get("study") or os.environ.get("ABF_STUDY", "config/grids/demo.yaml")
 RESULTS = Path(config.get("results") or os.environ.get("ABF_RESULTS", "results"))
-ABF = f"{sys.executable} -m abf.cli"
+
+# Jobs use the interpreter that runs Snakemake, whether or not its environment is activated.
+shell.prefix(
+    f"set -euo pipefail; export PATH={shlex.quote(str(Path(sys.executable).parent))}:$PATH; "
+)
 
 try:
     PLAN = Plan(load_study(Path(STUDY)), RESULTS)

@@ -14,7 +14,7 @@ rule fetch:
     params:
         version=version("fetch"),
     shell:
-        "{ABF} fetch {output.manifest} 2>&1 | tee {log}"
+        "python -m abf.cli fetch {output.manifest} 2>&1 | tee {log}"
 
 
 rule prepare:
@@ -30,7 +30,7 @@ rule prepare:
     params:
         version=version("prepare"),
     shell:
-        "{ABF} prepare {output.manifest} 2>&1 | tee {log}"
+        "python -m abf.cli prepare {output.manifest} 2>&1 | tee {log}"
 
 
 rule tokenizer:
@@ -46,7 +46,7 @@ rule tokenizer:
     params:
         version=version("tokenizer"),
     shell:
-        "{ABF} tokenizer {output.manifest} 2>&1 | tee {log}"
+        "python -m abf.cli tokenizer {output.manifest} 2>&1 | tee {log}"
 
 
 rule tokenize:
@@ -62,7 +62,7 @@ rule tokenize:
     params:
         version=version("tokenize"),
     shell:
-        "{ABF} tokenize {output.manifest} 2>&1 | tee {log}"
+        "python -m abf.cli tokenize {output.manifest} 2>&1 | tee {log}"
 
 
 rule segment:
@@ -78,7 +78,7 @@ rule segment:
     params:
         version=version("segment"),
     shell:
-        "{ABF} segment {output.manifest} 2>&1 | tee {log}"
+        "python -m abf.cli segment {output.manifest} 2>&1 | tee {log}"
 
 
 rule pack:
@@ -94,4 +94,4 @@ rule pack:
     params:
         version=version("pack"),
     shell:
-        "{ABF} pack {output.manifest} 2>&1 | tee {log}"
+        "python -m abf.cli pack {output.manifest} 2>&1 | tee {log}"

@@ -18,7 +18,7 @@ rule decode:
     params:
         version=version("decode"),
     shell:
-        "{ABF} decode {output.manifest} 2>&1 | tee {log}"
+        "python -m abf.cli decode {output.manifest} 2>&1 | tee {log}"
 
 
 rule score:
@@ -36,4 +36,4 @@ rule score:
     params:
         version=version("score"),
     shell:
-        "{ABF} score {output.manifest} 2>&1 | tee {log}"
+        "python -m abf.cli score {output.manifest} 2>&1 | tee {log}"

@@ -15,7 +15,7 @@ rule base:
     params:
         version=version("base"),
     shell:
-        "{ABF} base {output.manifest} 2>&1 | tee {log}"
+        "python -m abf.cli base {output.manifest} 2>&1 | tee {log}"
 
 
 rule convert:
@@ -31,7 +31,7 @@ rule convert:
     params:
         version=version("convert"),
     shell:
-        "{ABF} convert {output.manifest} 2>&1 | tee {log}"
+        "python -m abf.cli convert {output.manifest} 2>&1 | tee {log}"
 
 
 rule train:
@@ -50,4 +50,4 @@ rule train:
     params:
         version=version("train"),
     shell:
-        "{ABF} train {output.manifest} 2>&1 | tee {log}"
+        "python -m abf.cli train {output.manifest} 2>&1 | tee {log}"

@@ -14,7 +14,7 @@ rule ledger:
     params:
         version=version("ledger"),
     shell:
-        "{ABF} ledger {output.manifest} 2>&1 | tee {log}"
+        "python -m abf.cli ledger {output.manifest} 2>&1 | tee {log}"
 
 
 rule report:
@@ -31,7 +31,7 @@ rule report:
     params:
         version=version("report"),
     shell:
-        "{ABF} report {output.manifest} 2>&1 | tee {log}"
+        "python -m abf.cli report {output.manifest} 2>&1 | tee {log}"
 
 
 rule mlflow:
@@ -47,4 +47,4 @@ rule mlflow:
     params:
         version=version("mlflow"),
     shell:
-        "{ABF} mlflow {output.manifest} 2>&1 | tee {log}"
+        "python -m abf.cli mlflow {output.manifest} 2>&1 | tee {log}"

@@ -1,0 +1,157 @@
+"""A whole study, seen from its plan: what is done, what MLflow should show, the UI on top of it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from abf.errors import ArtifactError, ConfigError
+from abf.grid import load_study
+from abf.plan import Plan
+from abf.stages import MANIFEST
+from abf.track.mlflow_records import Cell, DatasetRef, IngestPlan
+from abf.track.mlflow_store import ingest
+from abf.track.outcomes import attempt_outcomes
+
+PlanDocument = Mapping[str, Any]
+
+
+def read_plan(path: Path) -> PlanDocument:
+    """A plan file as `Plan.write` left it.
+
+    Raises:
+        ArtifactError: there is none.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ArtifactError(f"{path} does not exist; `abf plan STUDY.yaml` writes it") from None
+
+
+def flatten(value: Any, prefix: str = "") -> dict[str, str]:
+    """Nested settings as dotted names; lists stay one value."""
+    if isinstance(value, dict) and value:
+        return {
+            name: text
+            for key, item in value.items()
+            for name, text in flatten(item, f"{prefix}.{key}" if prefix else str(key)).items()
+        }
+    return {prefix: value if isinstance(value, str) else json.dumps(value)}
+
+
+def _manifest(directory: Path) -> dict[str, Any] | None:
+    path = directory / MANIFEST
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+
+def _references(directory: Path) -> list[tuple[str, Path, str, int]]:
+    """Files of a finished stage directory, for MLflow to point to."""
+    manifest = _manifest(directory)
+    if manifest is None:
+        return []
+    return [
+        (f"{manifest['stage']}/{name}", directory / name, entry["sha256"], entry["bytes"])
+        for name, entry in manifest["files"].items()
+    ]
+
+
+def _cell(cell: Mapping[str, Any], results: Path) -> Cell:
+    train, score, packed = (results / cell[name] for name in ("train", "score", "packed"))
+    stage_dirs = {"train": train, "score": score}
+    stage_dirs |= {f"decode.{name}": results / place for name, place in cell["decodes"].items()}
+    manifest = _manifest(train) or {}
+    config_hash = hashlib.sha256(json.dumps(cell["config"], sort_keys=True).encode()).hexdigest()
+    packed_manifest = packed / MANIFEST
+    datasets = ()
+    if packed_manifest.exists():
+        content = hashlib.sha256(packed_manifest.read_bytes()).hexdigest()
+        datasets = (DatasetRef(packed.name, packed / "packed", content),)
+    artifacts = [ref for directory in stage_dirs.values() for ref in _references(directory)]
+    return Cell(
+        run=cell["run"],
+        name=cell["name"],
+        params=flatten(cell["config"]),
+        tags={
+            "config_hash": config_hash,
+            "git_sha": manifest.get("git_sha", "unknown"),
+            "rule": "train",
+            "arm": cell["arm"],
+            "seed": str(cell["seed"]),
+        },
+        stage_dirs=stage_dirs,
+        journals=[train / "journal.jsonl"] if (train / "journal.jsonl").exists() else [],
+        artifacts=artifacts,
+        datasets=datasets,
+    )
+
+
+def ingest_study(plan: PlanDocument, results: Path) -> dict[str, Any]:
+    """Bring MLflow up to date with what the study has on disk, finished or not."""
+    folder = results / "mlflow"
+    uri = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{(folder / 'mlflow.db').absolute()}"
+    cells = [_cell(cell, results) for cell in plan["cells"]]
+    grid = IngestPlan(plan["study"], plan["grid"], cells)
+    return ingest(grid, tracking_uri=uri, artifact_root=folder / "artifacts")
+
+
+def serve_ui(results: Path, port: int) -> None:
+    """Ingest every study below `results` and serve the MLflow UI on loopback until Ctrl-C.
+
+    Raises:
+        ConfigError: there is no study yet, or the port is taken.
+    """
+    plans = sorted((results / "plan").glob("*.json"))
+    if not plans:
+        raise ConfigError(f"{results} holds no study yet; run `make demo` first")
+    for path in plans:
+        print(f"ingest {path.stem}: {ingest_study(read_plan(path), results)}", flush=True)
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError:
+            raise ConfigError(
+                f"port {port} is taken; use `abf ui --port 0` for a free one"
+            ) from None
+        port = probe.getsockname()[1]
+    folder = (results / "mlflow").absolute()
+    command = [
+        *(sys.executable, "-m", "mlflow", "ui", "--host", "127.0.0.1", "--port", str(port)),
+        *("--workers", "1", "--backend-store-uri", f"sqlite:///{folder / 'mlflow.db'}"),
+    ]
+    # The job runner is a third process of 240 MB that nothing here uses.
+    environment = os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+    print(f"MLflow UI: http://127.0.0.1:{port} (Ctrl-C ends it)", flush=True)
+    server = subprocess.Popen(command, env=environment)
+    # TERM must end the server too, or it would outlive us and keep the port.
+    signal.signal(signal.SIGTERM, lambda *_: server.terminate())
+    try:
+        server.wait()
+    except KeyboardInterrupt:
+        server.wait()
+
+
+def print_plan(study: Path, results: Path) -> None:
+    """Write the plan and print every stage directory with its state."""
+    plan = Plan(load_study(study), results)
+    changed = plan.write()
+    states: dict[str, int] = {}
+    for instance in plan.instances.values():
+        directory = instance.directory(results)
+        attempts = attempt_outcomes(directory)
+        if (directory / MANIFEST).exists():
+            state = "done"
+        else:
+            state = attempts[-1]["state"].lower() if attempts else "to do"
+        states[state] = states.get(state, 0) + 1
+        print(f"{state:<12} {len(attempts):>2} attempt(s)  {directory}")
+    summary = ", ".join(f"{count} {state}" for state, count in sorted(states.items()))
+    print(f"{study}: {len(plan.cells)} cells; {summary}; {changed} config file(s) written")
