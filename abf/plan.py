@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -74,11 +74,12 @@ class Plan:
     def __init__(self, study: Study, results: Path) -> None:
         self.study, self.results = study, results
         self.instances: dict[tuple[str, str], Instance] = {}
+        self._above: dict[str, frozenset[tuple[str, str]]] = {}
         self.cells = tuple(self._cell(cell) for cell in study.cells)
         scores = [cell.score for cell in self.cells]
         which = {"plan": self.path.name}
         self.ledger = self._add("ledger", study.name, which, {"scores": scores}, keyed=False)
-        everything: Inputs = {"ledger": self.ledger, "scores": scores}
+        everything: Inputs = {"ledger": self.ledger}
         report = which | {"report": _dump(study.cells[0].config.report)}
         self.report = self._add("report", study.name, report, everything, keyed=False)
         self.mlflow = self._add("mlflow", study.name, which, everything, keyed=False)
@@ -211,15 +212,15 @@ class Plan:
         for instance in self.instances.values():
             path = instance.directory(self.results) / "config.json"
             changed += _write_if_changed(path, _resolved(instance, path))
-        return changed + _write_if_changed(self.path, self.as_json())
+        return changed + _write_if_changed(self.path, self.as_document())
 
     @property
     def path(self) -> Path:
         """File that lists the study's cells and directories, read by ledger, report and ingest."""
         return self.results / "plan" / f"{self.study.name}.json"
 
-    def as_json(self) -> str:
-        """The plan as text."""
+    def as_document(self) -> dict[str, Any]:
+        """The plan as JSON values."""
         cells = [
             {
                 "name": planned.cell.name,
@@ -239,13 +240,12 @@ class Plan:
             for planned in self.cells
         ]
         ends = {"ledger", "report", "mlflow"}
-        document = {
+        return {
             "study": self.study.name,
             "grid": self.study.path.name,
             "cells": cells,
             "stages": [i.place for i in self.instances.values() if i.stage not in ends],
         }
-        return json.dumps(document, indent=1, sort_keys=True) + "\n"
 
     # --- what the Snakefile asks -------------------------------------------------------------
 
@@ -253,21 +253,31 @@ class Plan:
         """Manifests of the report and of the MLflow ingest."""
         return [self._manifest(self.report), self._manifest(self.mlflow)]
 
-    def inputs(self, stage: str) -> Callable[[Any], dict[str, Any]]:
-        """Input function of a stage's rule: upstream manifests by name, and the config."""
+    def inputs(self, stage: str) -> Callable[[Any], list[str]]:
+        """Input function of a stage's rule: its config, and the manifests it has to wait for.
 
-        def inputs_of_stage(wildcards: Any) -> dict[str, Any]:
+        What an input was itself made from is left out: the order and the reruns are the same, and
+        a grid's graph has a third of the edges. The command reads every input from `config.json`.
+        """
+
+        def inputs_of_stage(wildcards: Any) -> list[str]:
             instance = self.find(stage, wildcards.key)
-            found: dict[str, Any] = {
-                name: [self._manifest(i) for i in up]
-                if isinstance(up, list)
-                else self._manifest(up)
-                for name, up in instance.inputs.items()
-            }
-            found["config"] = (instance.directory(self.results) / "config.json").as_posix()
-            return found
+            direct = list(_flat(instance.inputs))
+            implied = {above for i in direct for above in self._ancestors(i)}
+            waits = [self._manifest(i) for i in direct if (i.stage, i.key) not in implied]
+            return [f"{self.results}/{instance.place}/config.json", *waits]
 
         return inputs_of_stage
+
+    def _ancestors(self, instance: Instance) -> frozenset[tuple[str, str]]:
+        """Stage and key of everything an instance is made from."""
+        known = self._above.get(instance.place)
+        if known is None:
+            found: set[tuple[str, str]] = set()
+            for i in _flat(instance.inputs):
+                found |= self._ancestors(i) | {(i.stage, i.key)}
+            known = self._above[instance.place] = frozenset(found)
+        return known
 
     def threads(self, stage: str) -> Callable[[Any], int]:
         """Threads function of a stage's rule."""
@@ -289,11 +299,16 @@ class Plan:
         return self.instances[stage, key]
 
     def _manifest(self, instance: Instance) -> str:
-        return (instance.directory(self.results) / MANIFEST).as_posix()
+        return f"{self.results}/{instance.place}/{MANIFEST}"
 
 
 def _dump(config: ConfigModel) -> dict[str, Any]:
     return config.model_dump(mode="json")
+
+
+def _flat(inputs: Inputs) -> Iterator[Instance]:
+    for found in inputs.values():
+        yield from found if isinstance(found, list) else [found]
 
 
 def _one(instance: Instance, name: str) -> Instance:
@@ -309,14 +324,12 @@ def _source_slug(source: ConfigModel) -> str:
     return fields["kind"]
 
 
-def _resolved(instance: Instance, path: Path) -> str:
-    """Text of `config.json`. `auto` is resolved on first writing and never again for a key."""
+def _resolved(instance: Instance, path: Path) -> dict[str, Any]:
+    """Content of `config.json`. `auto` is resolved on first writing and never again for a key."""
     assert instance.stage in STAGES, instance.stage
     config = json.loads(json.dumps(instance.config))
     choices: dict[str, dict[str, str]] = {}
-    before: dict[str, Any] = {}
-    if path.exists():
-        before = json.loads(path.read_text(encoding="utf-8")).get("resolved", {})
+    before = (_read(path) or {}).get("resolved", {})
 
     def settle(node: Any, where: str) -> None:
         if not isinstance(node, dict):
@@ -334,7 +347,7 @@ def _resolved(instance: Instance, path: Path) -> str:
                 settle(value, here)
 
     settle(config, "")
-    document = {
+    return {
         "stage": instance.stage,
         "key": instance.key,
         "config": config,
@@ -344,15 +357,23 @@ def _resolved(instance: Instance, path: Path) -> str:
         },
         "resolved": choices,
     }
-    return json.dumps(document, indent=1, sort_keys=True) + "\n"
 
 
-def _write_if_changed(path: Path, text: str) -> bool:
+def _write_if_changed(path: Path, document: dict[str, Any]) -> bool:
     """Write unless the file says so already: Snakemake reruns what reads a changed file."""
-    if path.exists() and path.read_text(encoding="utf-8") == text:
+    before = _read(path)
+    if before == document:
         return False
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(f".{os.getpid()}.tmp")
-    temporary.write_text(text, encoding="utf-8")
+    temporary.write_text(json.dumps(document, indent=1, sort_keys=True) + "\n", encoding="utf-8")
     os.replace(temporary, path)
     return True
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    """JSON of a file; none when it is missing or no JSON (it is then written again)."""
+    try:
+        return json.loads(path.read_bytes())
+    except (FileNotFoundError, ValueError):
+        return None

@@ -3,10 +3,9 @@
 
 rule fetch:
     input:
-        unpack(PLAN.inputs("fetch")),
+        PLAN.inputs("fetch"),
     output:
         manifest=at("fetch", "manifest.json"),
-        raw=directory(at("fetch", "raw")),
     log:
         "logs/fetch/{key}.log",
     benchmark:
@@ -19,10 +18,9 @@ rule fetch:
 
 rule prepare:
     input:
-        unpack(PLAN.inputs("prepare")),
+        PLAN.inputs("prepare"),
     output:
         manifest=at("prepare", "manifest.json"),
-        documents=directory(at("prepare", "documents")),
     log:
         "logs/prepare/{key}.log",
     benchmark:
@@ -35,10 +33,9 @@ rule prepare:
 
 rule tokenizer:
     input:
-        unpack(PLAN.inputs("tokenizer")),
+        PLAN.inputs("tokenizer"),
     output:
         manifest=at("tokenizer", "manifest.json"),
-        tokenizer=directory(at("tokenizer", "tokenizer")),
     log:
         "logs/tokenizer/{key}.log",
     benchmark:
@@ -51,10 +48,9 @@ rule tokenizer:
 
 rule tokenize:
     input:
-        unpack(PLAN.inputs("tokenize")),
+        PLAN.inputs("tokenize"),
     output:
         manifest=at("tokenize", "manifest.json"),
-        tokens=directory(at("tokenize", "tokens")),
     log:
         "logs/tokenize/{key}.log",
     benchmark:
@@ -67,10 +63,9 @@ rule tokenize:
 
 rule segment:
     input:
-        unpack(PLAN.inputs("segment")),
+        PLAN.inputs("segment"),
     output:
         manifest=at("segment", "manifest.json"),
-        segments=directory(at("segment", "segments")),
     log:
         "logs/segment/{key}.log",
     benchmark:
@@ -83,10 +78,9 @@ rule segment:
 
 rule pack:
     input:
-        unpack(PLAN.inputs("pack")),
+        PLAN.inputs("pack"),
     output:
         manifest=at("pack", "manifest.json"),
-        packed=directory(at("pack", "packed")),
     log:
         "logs/pack/{key}.log",
     benchmark:

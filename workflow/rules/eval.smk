@@ -3,11 +3,9 @@
 
 rule decode:
     input:
-        unpack(PLAN.inputs("decode")),
+        PLAN.inputs("decode"),
     output:
         manifest=at("decode", "manifest.json"),
-        samples=at("decode", "samples.parquet"),
-        trace=at("decode", "trace.arrows"),
     log:
         "logs/decode/{key}.log",
     benchmark:
@@ -23,11 +21,9 @@ rule decode:
 
 rule score:
     input:
-        unpack(PLAN.inputs("score")),
+        PLAN.inputs("score"),
     output:
         manifest=at("score", "manifest.json"),
-        scores=at("score", "scores.parquet"),
-        documents=at("score", "documents.parquet"),
     log:
         "logs/score/{key}.log",
     benchmark:

@@ -3,10 +3,9 @@
 
 rule base:
     input:
-        unpack(PLAN.inputs("base")),
+        PLAN.inputs("base"),
     output:
         manifest=at("base", "manifest.json"),
-        base=directory(at("base", "base")),
     log:
         "logs/base/{key}.log",
     benchmark:
@@ -20,10 +19,9 @@ rule base:
 
 rule convert:
     input:
-        unpack(PLAN.inputs("convert")),
+        PLAN.inputs("convert"),
     output:
         manifest=at("convert", "manifest.json"),
-        init=directory(at("convert", "init")),
     log:
         "logs/convert/{key}.log",
     benchmark:
@@ -36,11 +34,9 @@ rule convert:
 
 rule train:
     input:
-        unpack(PLAN.inputs("train")),
+        PLAN.inputs("train"),
     output:
         manifest=at("train", "manifest.json"),
-        model=directory(at("train", "model")),
-        metrics=at("train", "metrics.parquet"),
     log:
         "logs/train/{key}.log",
     benchmark:

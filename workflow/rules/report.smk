@@ -3,10 +3,9 @@
 
 rule ledger:
     input:
-        unpack(PLAN.inputs("ledger")),
+        PLAN.inputs("ledger"),
     output:
         manifest=at("ledger", "manifest.json"),
-        ledger=at("ledger", "ledger.parquet"),
     log:
         "logs/ledger/{key}.log",
     benchmark:
@@ -19,11 +18,15 @@ rule ledger:
 
 rule report:
     input:
-        unpack(PLAN.inputs("report")),
+        PLAN.inputs("report"),
     output:
         manifest=at("report", "manifest.json"),
-        page=at("report", "index.html"),
-        figures=directory(at("report", "figures")),
+        page=report(
+            at("report", "index.html"),
+            category="Study",
+            labels={"study": "{key}"},
+            caption="../report/study.rst",
+        ),
     log:
         "logs/report/{key}.log",
     benchmark:
@@ -36,10 +39,9 @@ rule report:
 
 rule mlflow:
     input:
-        unpack(PLAN.inputs("mlflow")),
+        PLAN.inputs("mlflow"),
     output:
         manifest=at("mlflow", "manifest.json"),
-        ingested=at("mlflow", "ingested.json"),
     log:
         "logs/mlflow/{key}.log",
     benchmark:
