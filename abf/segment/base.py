@@ -7,7 +7,7 @@ alone. A start carries a score in [0, 1] (1: a rule says so) and a level (0 leaf
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -67,13 +67,29 @@ class Segments:
 class SegmenterLike(Protocol):
     """A segmenter: `build(cfg, reference=..., tokens=...)` of the module named by its kind."""
 
+    def donors(self, slots: IntArray) -> IntArray:
+        """Whose reference each document of a shard is given: its number in the shard.
+
+        Args:
+            slots: int [documents], slots of each; a donor has as many as its document.
+        """
+        ...
+
     def segment(self, doc: Document, reference: Segments | None) -> Segments:
         """Cut a document.
 
         Args:
-            reference: the segments that the segmenter named by `like` gave the same document.
+            reference: the segments that the segmenter named by `like` gave the document's donor.
         """
         ...
+
+
+class OwnReference:
+    """Segmenters that look at nothing but the document itself."""
+
+    def donors(self, slots: IntArray) -> IntArray:
+        """Every document is its own donor."""
+        return np.arange(len(slots))
 
 
 def segment(
@@ -102,15 +118,15 @@ def segment(
             for path in paths:
                 found: list[Segments] = []
                 doc_ids: list[str] = []
-                for doc, given in _read(documents, path, reference):
+                for doc, own, given in _read(documents, path, reference, segmenter):
                     segments = segmenter.segment(doc, given)
                     assert segments.start[0] == 0
                     assert segments.start[-1] < doc.n_slots
                     found.append(segments)
                     doc_ids.append(doc.doc_id)
                     n_slots += doc.n_slots
-                    if given is not None:
-                        n_shared += len(np.intersect1d(segments.start, given.start)) - 1
+                    if own is not None:
+                        n_shared += len(np.intersect1d(segments.start, own.start)) - 1
                     progress.update()
                 n_documents += len(found)
                 n_segments += sum(len(one.start) for one in found)
@@ -145,24 +161,26 @@ def count_segments(stage: Path, split: str) -> int:
 
 
 def _read(
-    documents: Path, token_path: Path, reference: Path | None
-) -> Iterator[tuple[Document, Segments | None]]:
+    documents: Path, token_path: Path, reference: Path | None, segmenter: SegmenterLike
+) -> Iterator[tuple[Document, Segments | None, Segments | None]]:
+    """Documents of a shard, each with its own reference and its donor's."""
     text_path = documents / "documents" / token_path.name
     text, tokens = read_table(text_path, DOCUMENTS), read_table(token_path, TOKENS)
     _same_documents(tokens, token_path, text, text_path)
-    byte_start = _lists(tokens, "byte_start")
-    given: Iterator[Segments | None] = iter(())
+    byte_start = list(_lists(tokens, "byte_start"))
+    own: Sequence[Segments | None] = [None] * len(byte_start)
     if reference is not None:
         path = reference / "segments" / token_path.name
         table = read_table(path, SEGMENTS)
         _same_documents(table, path, text, text_path)
         columns = ("segment_start", "boundary_score", "level")
         parts = zip(*(_lists(table, name) for name in columns), strict=True)
-        given = (Segments(*part) for part in parts)
+        own = [Segments(*part) for part in parts]
+    donors = segmenter.donors(np.array([len(starts) + 1 for starts in byte_start]))
     names = zip(*(text.column(c).to_pylist() for c in ("doc_id", "text", "language")), strict=True)
-    for (doc_id, content, language), starts in zip(names, byte_start, strict=True):
-        doc = Document(doc_id, content, language, starts.astype(np.int64))
-        yield doc, next(given) if reference is not None else None
+    for n, (doc_id, content, language) in enumerate(names):
+        doc = Document(doc_id, content, language, byte_start[n].astype(np.int64))
+        yield doc, own[n], own[donors[n]]
 
 
 def _same_documents(table: pa.Table, path: Path, text: pa.Table, text_path: Path) -> None:

@@ -14,7 +14,7 @@ class SentenceSegmenter(ConfigModel):
 
     kind: Literal["sentence"] = "sentence"
     min_tokens: int = Field(default=4, ge=1)
-    """A segment shorter than this joins the next one (the last joins the previous)."""
+    """A segment shorter than this joins the next one (the last of a paragraph, the previous)."""
 
 
 Reference = Annotated[SentenceSegmenter, Field()]
@@ -22,13 +22,13 @@ Reference = Annotated[SentenceSegmenter, Field()]
 
 
 class FixedSegmenter(ConfigModel):
-    """Equal lengths: a number, or the rounded mean length of a named other segmenter."""
+    """Equal lengths: a number, or the one whose mean comes nearest a named other segmenter's."""
 
     kind: Literal["fixed"] = "fixed"
     length: int | None = Field(default=None, ge=1)
     """Tokens a segment; none takes the mean of `like`."""
     like: Reference | None = None
-    """Segmenter whose mean length is taken when `length` is none."""
+    """Segmenter whose mean length is matched when `length` is none."""
 
     def model_post_init(self, context: object) -> None:
         if (self.length is None) == (self.like is None):
@@ -36,13 +36,13 @@ class FixedSegmenter(ConfigModel):
 
 
 class RandomSegmenter(ConfigModel):
-    """The control: every document keeps the reference's lengths, in a random order."""
+    """The control: the reference's lengths, exchanged between equally long documents, shuffled."""
 
     kind: Literal["random"] = "random"
     like: Reference
-    """Segmenter whose lengths are shuffled, document by document."""
+    """Segmenter whose lengths are taken."""
     seed: int = 0
-    """Seed of the shuffle; the document's id enters too."""
+    """Seed of exchange and shuffle; a document's length and id enter too."""
 
 
 Segmenter = Annotated[

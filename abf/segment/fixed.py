@@ -7,11 +7,18 @@ from pathlib import Path
 import numpy as np
 
 from abf.errors import ConfigError
-from abf.segment.base import Document, IntArray, Segments, count_segments, document_slots
+from abf.segment.base import (
+    Document,
+    IntArray,
+    OwnReference,
+    Segments,
+    count_segments,
+    document_slots,
+)
 from abf.segment.config import FixedSegmenter
 
 
-class Fixed:
+class Fixed(OwnReference):
     """A segment every `length` slots; the last of a document is what remains."""
 
     def __init__(self, length: int) -> None:

@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 from razdel import sentenize
 
-from abf.segment.base import Document, IntArray, Segments
+from abf.segment.base import Document, IntArray, OwnReference, Segments
 from abf.segment.config import SentenceSegmenter
 
 _NAMES = """bash c c++ c# cpp css cuda fortran go haskell html java javascript json julia kotlin lua
@@ -36,7 +36,7 @@ _LINE_END = re.compile(r"\n(?:[^\S\n]*\n)*")
 """A line end and the blank lines after it."""
 
 
-class Sentence:
+class Sentence(OwnReference):
     """Sentences or lines, at least `min_tokens` long."""
 
     def __init__(self, min_tokens: int) -> None:

@@ -76,6 +76,17 @@ def test_random_depends_on_seed_and_document_only() -> None:
     assert len({tuple(cuts(seed, name)) for seed in range(4) for name in "abcd"}) == 16
 
 
+@given(slots=st.lists(st.integers(1, 6), min_size=1, max_size=40), seed=st.integers(0, 5))
+def test_documents_of_equal_length_exchange_their_lengths(slots: list[int], seed: int) -> None:
+    lengths = np.array(slots)
+    donors = Random(seed).donors(lengths)
+    assert sorted(donors) == list(range(len(slots)))
+    assert (lengths[donors] == lengths).all()
+    kept = np.flatnonzero(donors == np.arange(len(slots)))
+    assert all(slots.count(slots[n]) == 1 for n in kept)
+    assert (Random(seed).donors(lengths) == donors).all()
+
+
 def test_random_is_uniform_over_orders() -> None:
     """Three different lengths have six orders: each within 5 standard deviations of a sixth."""
     reference = Segments.rule([0, 1, 3])
