@@ -145,7 +145,8 @@ def base(job: Job, run: StageRun) -> dict[str, Any]:
 
         return import_checkpoint(cfg, run.staging)
     from abf.data.loader import PackedRows
-    from abf.model.convert import new_model, save_hf
+    from abf.model.huggingface import save_hf
+    from abf.model.store import new_model
     from abf.train.loop import train
 
     rows = job.input("packed") / "packed" / "train.arrow"
@@ -182,7 +183,7 @@ def convert(job: Job, run: StageRun) -> dict[str, Any]:
 def train(job: Job, run: StageRun) -> dict[str, Any]:
     """Train one cell; resumes from its last checkpoint, checkpoints on TERM, USR1 and Ctrl-C."""
     from abf.artifacts import METRICS, write_table
-    from abf.model.convert import load_model, save_model
+    from abf.model.store import load_model, save_model
     from abf.track.journal import metrics_table
     from abf.train.config import TrainConfig
     from abf.train.loop import train
@@ -210,7 +211,7 @@ def decode(job: Job, run: StageRun) -> dict[str, Any]:
     counts = decode_task(
         job.setting("task", ContinuationTask),
         job.setting("decoder", DecoderConfig),
-        shift=_shift(job),
+        **_reading(job),
         seed=job.setting("seed"),
         model_dir=job.input("train") / "model",
         packed=job.input("packed"),
@@ -262,8 +263,8 @@ def report(job: Job, run: StageRun) -> dict[str, Any]:
     from abf.study import report_plan
 
     cfg = job.setting("report", ReportConfig)
-    plan = report_plan(_plan_of(job), job.results, job.input("ledger") / "ledger.parquet")
-    return build_report(plan, cfg, run.staging)
+    plan = report_plan(_plan_of(job), job.results, ledger=job.input("ledger"), config=cfg)
+    return build_report(plan, run.staging)
 
 
 def mlflow(job: Job, run: StageRun) -> dict[str, Any]:
@@ -297,9 +298,13 @@ STAGE_COMMANDS: dict[str, Callable[[Job, StageRun], dict[str, Any]]] = {
 }
 
 
-def _shift(job: Job) -> bool:
+def _reading(job: Job) -> dict[str, Any]:
+    """How the trained model is read: an AR model is its own clean stream, shifted."""
     objective = job.setting("objective")
-    return True if objective["kind"] == "ar" else objective["loss"]["shift"]
+    if objective["kind"] == "ar":
+        return {"shift": True}
+    loss = objective["loss"]
+    return {"shift": loss["shift"], "clean_stream": loss["clean_stream"]}
 
 
 def _plan_of(job: Job) -> Mapping[str, Any]:

@@ -233,6 +233,7 @@ class Plan:
                 "score": planned.score.place,
                 "packed": planned.pack.place,
                 "segments": _one(planned.pack, "segments").place,
+                "tokens": _one(planned.pack, "tokens").place,
                 "base": planned.base.place,
                 "tokenizer": planned.tokenizer.place,
                 "sources": [source.place for source in planned.sources],

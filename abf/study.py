@@ -5,17 +5,23 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import platform
 import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from abf.artifacts import read_manifest
 from abf.errors import ArtifactError, ConfigError
 from abf.grid import load_study
 from abf.plan import Plan
+from abf.report.config import ReportConfig
+from abf.report.inputs import ReportCell, ReportPlan, SourceNote
+from abf.stage import git_sha
 from abf.stages import MANIFEST
 from abf.track.mlflow_records import Cell, DatasetRef, IngestPlan
 from abf.track.mlflow_store import ingest
@@ -100,6 +106,62 @@ def ingest_study(plan: PlanDocument, results: Path) -> dict[str, Any]:
     cells = [_cell(cell, results) for cell in plan["cells"]]
     grid = IngestPlan(plan["study"], plan["grid"], cells)
     return ingest(grid, tracking_uri=uri, artifact_root=folder / "artifacts")
+
+
+def report_plan(
+    plan: PlanDocument, results: Path, *, ledger: Path, config: ReportConfig
+) -> ReportPlan:
+    """What the report page of a study is made of."""
+    first = plan["cells"][0]
+    packed = read_manifest(results / first["packed"])
+    tokens = read_manifest(results / first["tokens"])
+    base = read_manifest(results / first["base"])
+    facts = {
+        "grid": str(plan["grid"]),
+        "packed rows (train, held-out)": _counts(packed, "rows"),
+        "base model": f"{first['base']}, {base['counts'].get('parameters', 'unknown')} parameters",
+        "platform": f"{platform.machine()}, {os.cpu_count()} cores, "
+        f"torch {packed['versions']['torch']}, python {packed['versions']['python']}",
+    }
+    return ReportPlan(
+        study=plan["study"],
+        created=time.strftime("%Y-%m-%d %H:%M %z"),
+        git_sha=git_sha(),
+        cells=[
+            ReportCell(
+                arm=cell["arm"],
+                seed=cell["seed"],
+                run=cell["run"],
+                train=results / cell["train"],
+                score=results / cell["score"],
+                pack=results / cell["packed"],
+                decodes={name: results / place for name, place in cell["decodes"].items()},
+            )
+            for cell in plan["cells"]
+        ],
+        ledger=ledger,
+        tokenizer=results / first["tokenizer"] / "tokenizer",
+        sources=[_source(results / place) for place in first["sources"]],
+        tokens={split: tokens["counts"][f"{split}_tokens"] for split in ("train", "heldout")},
+        facts=facts,
+        config=config,
+    )
+
+
+def _counts(manifest: Mapping[str, Any], name: str) -> str:
+    counts = manifest["counts"]
+    return ", ".join(f"{counts[f'{split}_{name}']:,}" for split in ("train", "heldout"))
+
+
+def _source(directory: Path) -> SourceNote:
+    source = json.loads((directory / "config.json").read_text(encoding="utf-8"))["config"]["source"]
+    counts = read_manifest(directory)["counts"]
+    return SourceNote(
+        name=directory.name,
+        licence=source["licence"],
+        attribution=source["attribution"],
+        documents=counts.get("documents"),
+    )
 
 
 def serve_ui(results: Path, port: int) -> None:

@@ -1,0 +1,1 @@
+"""Attention where each query sees the union of two contiguous key ranges."""

@@ -1,0 +1,255 @@
+"""Block attention by tiles of queries: dense GEMMs over the keys a tile sees, masked at the edges.
+
+Letters: B batch, H query heads, G kv heads, R = H/G, M queries, N keys, D head dim, T rows of a
+tile, S key columns of a tile, g kv heads taken at once. Scores are in base 2 (times log2 e): exp2
+is the cheaper. The maths, the bfloat16 numerics and the measurements are in README.md.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from abf_kernels.block_attention.plan import Run, Tile, plan_tiles
+
+ROWS = 128  # queries of a tile: fewer waste less at ragged edges, more cost less per operation
+SCRATCH = 1 << 19  # most score elements held at once, as far as one kv head allows
+
+FAR = -1e30  # score of an invisible key, per key of distance to the ranges; finite, hence no NaN
+FLOOR = -1e29  # maximum of a row that sees nothing: above FAR / 2, below any score
+TINY = 1e-30  # sum of a row that sees nothing
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, ranges: Tensor, scale: float) -> Tensor:
+    """softmax(scale q k^T + log mask) v without an M x N mask; [B,H,M,D] in q's dtype."""
+    # CPUs rarely multiply float16; float32 holds every one of its values.
+    dtype = torch.float32 if q.dtype == torch.float16 else q.dtype
+    out = _TiledAttention.apply(q.to(dtype), k.to(dtype), v.to(dtype), ranges, scale)
+    return cast(Tensor, out).to(q.dtype)
+
+
+@dataclass(frozen=True)
+class _Step:
+    """One tile of one batch row and some kv heads, whose R query heads lie under one another."""
+
+    row: int
+    tile: Tile
+    biases: list[Tensor]  # one [T, run] for each masked run of the tile
+    kv_heads: slice
+    heads: slice
+    shape: tuple[int, int, int]  # (g, R*T, S), of the scores
+
+    def queries(self, x: Tensor) -> Tensor:
+        """[B,H,M,X] -> contiguous [g,R*T,X]; oneDNN takes twice as long over strided batches."""
+        part = x[self.row, self.heads, self.tile.start : self.tile.end]
+        return part.reshape(*self.shape[:2], x.shape[-1]).contiguous()
+
+    def put(self, x: Tensor, value: Tensor) -> None:
+        """Write [g,R*T,X] into x [B,H,M,X]."""
+        part = x[self.row, self.heads, self.tile.start : self.tile.end]
+        part.copy_(value.view(part.shape))
+
+    def keys(self, x: Tensor) -> Tensor:
+        """[B,G,N,D] -> contiguous [g,S,D]."""
+        spans = [x[self.row, self.kv_heads, start:end] for start, end in self.tile.spans]
+        return spans[0].contiguous() if len(spans) == 1 else torch.cat(spans, 1)
+
+    def add(self, x: Tensor, value: Tensor) -> None:
+        """Add value [g,D,S] to the keys of x [B,G,D,N] that it belongs to."""
+        column = 0
+        for start, end in self.tile.spans:
+            part = value[:, :, column : column + end - start]
+            x[self.row, self.kv_heads, :, start:end] += part
+            column += end - start
+
+    def mask(self, scores: Tensor) -> None:
+        """Push the scores [g,R*T,S] of invisible keys far down, in place."""
+        by_head = scores.view(-1, self.tile.end - self.tile.start, self.tile.columns)
+        for run, bias in zip(self.tile.masked, self.biases, strict=True):
+            by_head[:, :, run.start : run.end] += bias
+
+
+class _Work:
+    """What the passes share: the tile plan and, per query, the terms of the mask."""
+
+    def __init__(self, q: Tensor, k: Tensor, ranges: Tensor) -> None:
+        batch, heads, n_queries, _ = q.shape
+        self.kv_heads, n_keys = k.shape[1:3]
+        self.repeat = heads // self.kv_heads
+        self.wide = torch.promote_types(q.dtype, torch.float32)
+        self.tiles = plan_tiles(ranges, n_keys, ROWS)
+        start, end = ranges.reshape(batch, n_queries, 2, 2).to(self.wide).unbind(-1)
+        # Key j is visible where |j - centre| < half: exact in float32, and three times as fast as
+        # integer comparisons.
+        self.centre = ((start + end - 1) / 2).unsqueeze(-1)  # [B,M,2,1]
+        self.half = ((end - start) / 2).unsqueeze(-1)
+        self.position = torch.arange(n_keys, dtype=self.wide, device=q.device)
+
+    def steps(self) -> Iterator[_Step]:
+        for row, tiles in enumerate(self.tiles):
+            for tile in tiles:
+                if not tile.columns:
+                    continue
+                biases = [self._bias(row, tile, run) for run in tile.masked]
+                rows, parts = self.repeat * (tile.end - tile.start), self._parts(tile)
+                for part in range(parts):
+                    first = part * self.kv_heads // parts
+                    last = (part + 1) * self.kv_heads // parts
+                    heads = slice(first * self.repeat, last * self.repeat)
+                    shape = (last - first, rows, tile.columns)
+                    yield _Step(row, tile, biases, slice(first, last), heads, shape)
+
+    def scratch_size(self) -> int:
+        """Elements of the largest score array among the steps."""
+        return max(
+            (
+                -(-self.kv_heads // self._parts(tile)) * self._head_scores(tile)
+                for tiles in self.tiles
+                for tile in tiles
+            ),
+            default=0,
+        )
+
+    def _head_scores(self, tile: Tile) -> int:
+        return self.repeat * (tile.end - tile.start) * tile.columns
+
+    def _parts(self, tile: Tile) -> int:
+        """Into how many groups the kv heads are split so that a group's scores fit SCRATCH."""
+        return max(1, min(self.kv_heads, -(-self.kv_heads * self._head_scores(tile) // SCRATCH)))
+
+    def _bias(self, row: int, tile: Tile, run: Run) -> Tensor:
+        """[T, run] 0 where the key is visible, else FAR times its distance to the row's ranges."""
+        keys = self.position[run.key : run.key + run.end - run.start]
+        rows = slice(tile.start, tile.end)
+        away = [
+            (keys - self.centre[row, rows, which]).abs_().sub_(self.half[row, rows, which])
+            for which in run.which
+        ]
+        nearest = away[0] if len(away) == 1 else torch.minimum(*away)
+        return nearest.clamp_min_(0).mul_(FAR)
+
+
+class _Scratch:
+    """Memory for one step's scores, in the accumulator's dtype and in that of the GEMM operands."""
+
+    def __init__(self, work: _Work, like: Tensor) -> None:
+        size = work.scratch_size()
+        self.wide = torch.empty(size, dtype=work.wide, device=like.device)
+        self.is_narrow = like.dtype != work.wide
+        self.narrow = torch.empty_like(self.wide, dtype=like.dtype) if self.is_narrow else self.wide
+
+    def product(
+        self, step: _Step, left: Tensor, right: Tensor, alpha: float, start: Tensor | None = None
+    ) -> Tensor:
+        """start + alpha left right^T in the wide dtype, rounded to the operands' on the way.
+
+        `start` [g,R*T,1] enters the GEMM's own accumulator (float32 in oneDNN), so before rounding.
+        """
+        narrow = self._view(self.narrow, step)
+        if start is not None:
+            narrow.copy_(start)
+        torch.baddbmm(narrow, left, right.mT, beta=int(start is not None), alpha=alpha, out=narrow)
+        return self._view(self.wide, step).copy_(narrow) if self.is_narrow else narrow
+
+    def operand(self, step: _Step, wide: Tensor) -> Tensor:
+        """The scores `wide` as a GEMM operand."""
+        return self._view(self.narrow, step).copy_(wide) if self.is_narrow else wide
+
+    @staticmethod
+    def _view(flat: Tensor, step: _Step) -> Tensor:
+        return flat[: math.prod(step.shape)].view(step.shape)
+
+
+class _TiledAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, ranges: Tensor, scale: float) -> Tensor:
+        work = _Work(q, k, ranges)
+        alpha = scale * math.log2(math.e)
+        # Rows of tiles that see no key are never written: they are zero, and stay so.
+        out = torch.zeros(q.shape, dtype=q.dtype, device=q.device)
+        top = torch.zeros(*q.shape[:3], 1, dtype=q.dtype, device=q.device)
+        log_sum = torch.zeros(*q.shape[:3], 1, dtype=work.wide, device=q.device)
+        scratch = _Scratch(work, q)
+        for step in work.steps():
+            qt, kt, vt = step.queries(q), step.keys(k), step.keys(v)
+            scores = scratch.product(step, qt, kt, alpha)
+            step.mask(scores)
+            highest = scores.amax(-1, keepdim=True).clamp_min_(FLOOR).to(q.dtype)
+            if scratch.is_narrow:
+                # Scores rounded to bfloat16 are off by 1/256 of themselves. Subtracting the
+                # maximum before that rounding leaves the largest weights nearly exact.
+                scores = scratch.product(step, qt, kt, alpha, start=-highest)
+                step.mask(scores)
+            else:
+                scores.sub_(highest)
+            weights = scores.exp2_()
+            total = weights.sum(-1, keepdim=True).clamp_min_(TINY)
+            mean = torch.bmm(scratch.operand(step, weights), vt)
+            step.put(out, mean / total)
+            step.put(top, highest)
+            step.put(log_sum, total.log2_())
+        ctx.save_for_backward(q, k, v, out, top, log_sum)
+        ctx.work, ctx.scale = work, scale
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, grad_out: Tensor
+    ) -> tuple[Tensor | None, ...]:
+        with torch.autocast(grad_out.device.type, enabled=False):
+            return *_gradients(ctx.work, ctx.scale, grad_out, *ctx.saved_tensors), None, None
+
+
+def _gradients(
+    work: _Work,
+    scale: float,
+    grad_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    top: Tensor,
+    log_sum: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k and v, from weights computed anew."""
+    alpha = scale * math.log2(math.e)
+    grad_q = torch.zeros(q.shape, dtype=q.dtype, device=q.device)
+    # Keys last: x^T w is a quarter faster than w^T x in float32.
+    key_shape = (*k.shape[:2], k.shape[3], k.shape[2])
+    grad_k = torch.zeros(key_shape, dtype=work.wide, device=k.device)
+    grad_v = torch.zeros(key_shape, dtype=work.wide, device=v.device)
+    for_weights, for_grads = _Scratch(work, q), _Scratch(work, q)
+    for step in work.steps():
+        qt, kt, vt = step.queries(q), step.keys(k), step.keys(v)
+        grad_t = step.queries(grad_out)
+        weights = for_weights.product(step, qt, kt, alpha, start=-step.queries(top))
+        step.mask(weights.sub_(step.queries(log_sum)))
+        weights.exp2_()
+        step.add(grad_v, torch.bmm(grad_t.mT, for_weights.operand(step, weights)))
+
+        # As with the maximum: dP - delta cancels, so most of delta goes in before the rounding.
+        delta = (grad_t.to(work.wide) * step.queries(out)).sum(-1, keepdim=True)
+        rounded = delta.to(q.dtype)
+        grads = for_grads.product(step, grad_t, vt, 1.0, start=-rounded)
+        grads.sub_(delta.sub_(rounded)).mul_(weights)
+        operand = for_grads.operand(step, grads)
+        step.put(grad_q, torch.bmm(operand, kt).mul_(scale))
+        step.add(grad_k, torch.bmm(qt.mT, operand))
+    del for_weights, for_grads
+    grad_k = _keys_first(grad_k.mul_(scale), k.dtype)  # one at a time, to free the wide one
+    return grad_q, grad_k, _keys_first(grad_v, v.dtype)
+
+
+def _keys_first(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """[B,G,D,N] -> [B,G,N,D] of that dtype, a matrix at a time: only those transpose in blocks."""
+    out = torch.empty(*x.shape[:2], x.shape[3], x.shape[2], dtype=dtype, device=x.device)
+    for target, source in zip(out.flatten(0, 1), x.flatten(0, 1), strict=True):
+        target.copy_(source.T.contiguous())
+    return out
