@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import platform
+import shutil
 import signal
 import socket
 import subprocess
@@ -99,10 +100,26 @@ def _cell(cell: Mapping[str, Any], results: Path) -> Cell:
     )
 
 
+def _own_store(folder: Path) -> str:
+    """URI of the store below `results`; one that was copied from elsewhere is begun anew.
+
+    MLflow keeps absolute artifact paths. The store only mirrors files, so nothing is lost.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    home, here = folder / "home", f"{folder.resolve()}\n"
+    if home.exists() and home.read_text(encoding="utf-8") != here:
+        print(f"{folder} was moved or copied here: the MLflow store is made anew from the files")
+        for path in folder.glob("mlflow.db*"):
+            path.unlink()
+        shutil.rmtree(folder / "artifacts", ignore_errors=True)
+    home.write_text(here, encoding="utf-8")
+    return f"sqlite:///{(folder / 'mlflow.db').absolute()}"
+
+
 def ingest_study(plan: PlanDocument, results: Path) -> dict[str, Any]:
     """Bring MLflow up to date with what the study has on disk, finished or not."""
     folder = results / "mlflow"
-    uri = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{(folder / 'mlflow.db').absolute()}"
+    uri = os.environ.get("MLFLOW_TRACKING_URI") or _own_store(folder)
     cells = [_cell(cell, results) for cell in plan["cells"]]
     grid = IngestPlan(plan["study"], plan["grid"], cells)
     return ingest(grid, tracking_uri=uri, artifact_root=folder / "artifacts")

@@ -1,0 +1,37 @@
+"""Commit every mask whose confidence reaches a threshold, else the surest one.
+
+Source: Fast-dLLM, arXiv 2505.22618, section 3.3 (tau = 0.9 there).
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from abf.decode.config import ThresholdStrategy
+from abf.decode.view import Action, BlockSummary, BlockView, Commit, RequestMeta
+
+
+class Threshold:
+    """Stateless."""
+
+    def __init__(self, threshold: float) -> None:
+        self.threshold = threshold
+
+    def start(self, meta: RequestMeta) -> None:
+        """No state."""
+
+    def decide(self, view: BlockView, state: None) -> Action:
+        """Commit masks with confidence >= threshold; with none, the leftmost surest one."""
+        confidence = np.where(view.is_mask, view.confidence, -1.0)
+        chosen = confidence >= self.threshold
+        if not chosen.any():
+            chosen[confidence.argmax()] = True
+        return Action(Commit(view.uids[chosen], view.token[chosen]), threshold=self.threshold)
+
+    def end_block(self, summary: BlockSummary, state: None) -> None:
+        """Nothing to forget."""
+
+
+def build(cfg: ThresholdStrategy) -> Threshold:
+    """The strategy of its config."""
+    return Threshold(cfg.threshold)

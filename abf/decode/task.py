@@ -1,0 +1,191 @@
+"""The decode stage: prompts from held-out text, one decoder, samples and event log.
+
+Writes `samples.parquet` (SAMPLES) and `trace.arrows` (EVENTS). Seconds are wall-clock.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal, Protocol
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+from abf.artifacts import PIECES, SAMPLES, read_table, write_table
+from abf.data.loader import PackedRows
+from abf.data.tokenizer import TextTokenizer, load_tokenizer
+from abf.decode.config import DecoderConfig
+from abf.decode.engine import decode
+from abf.decode.request import Prompt, Sample
+from abf.decode.trace import TraceWriter
+from abf.errors import ArtifactError, ConfigError
+from abf.files import sha256
+from abf.model.store import WEIGHTS, load_model
+from abf.model.transformer import Transformer
+from abf.track.meter import EnergyMeter
+
+REST = 8
+"""Slots a held-out document must have behind its prompt: there was something to continue."""
+
+
+class PromptTask(Protocol):
+    """What a generative task says of its prompts (`abf.eval.config.ContinuationTask`)."""
+
+    @property
+    def prompts(self) -> int: ...
+
+    @property
+    def prompt_tokens(self) -> int: ...
+
+    @property
+    def new_tokens(self) -> int: ...
+
+
+def decode_task(
+    task: PromptTask,
+    decoder: DecoderConfig,
+    *,
+    shift: bool,
+    seed: int,
+    model_dir: Path,
+    packed: Path,
+    tokenizer: Path,
+    out: Path,
+    clean_stream: Literal["context_causal", "block_causal"] = "context_causal",
+    label: str = "decode",
+) -> dict[str, int | float | str]:
+    """Generate for one task with one decoder.
+
+    Args:
+        task: how many prompts, how long, how much to generate.
+        decoder: strategy, extent, sampler; `precision` resolved.
+        shift: read-out of the model that was trained.
+        seed: of everything random.
+        model_dir: ABF model directory.
+        packed: stage directory of `pack`.
+        tokenizer: folder with tokenizer.json.
+        out: staging directory.
+        clean_stream: what the model's clean stream was trained on.
+        label: name on the progress line.
+
+    Returns:
+        Counts for the manifest; `joules` only if a meter was read.
+
+    Raises:
+        ConfigError: fewer long enough held-out documents than prompts.
+        ArtifactError: model and packed text have different vocabularies.
+    """
+    torch.set_num_threads(decoder.threads)
+    model = load_model(model_dir).eval()
+    text = load_tokenizer(tokenizer)
+    prompts = held_out_prompts(task, packed, model)
+    header = {
+        "version": "1",
+        "mask_id": str(model.mask_id),
+        "document_id": str(model.config.document_id),
+        "requests": str(len(prompts)),
+        "model_sha256": sha256(model_dir / WEIGHTS),
+        "tokenizer_sha256": sha256(tokenizer / "tokenizer.json"),
+        "decoder": json.dumps(decoder.model_dump(mode="json"), sort_keys=True),
+        "new_tokens": str(task.new_tokens),
+        "shift": str(shift).lower(),
+        "clean_stream": clean_stream,
+        "seed": str(seed),
+        "dtype": decoder.precision,
+        "device": str(model.head_weight.device),
+    }
+    began = time.perf_counter()
+    with (
+        TraceWriter(out / "trace.arrows", header) as trace,
+        EnergyMeter(model.head_weight.device.type) as meter,
+    ):
+        samples = decode(
+            decoder,
+            model=model,
+            shift=shift,
+            prompts=prompts,
+            new_tokens=task.new_tokens,
+            seed=seed,
+            trace=trace,
+            clean_stream=clean_stream,
+            label=label,
+        )
+    wall_s = time.perf_counter() - began
+    write_table(out / "samples.parquet", samples_table(samples, text), SAMPLES)
+    counts: dict[str, int | float | str] = {"wall_s": wall_s, "energy_source": meter.source}
+    if meter.joules is not None:
+        counts["joules"] = meter.joules
+    return summary(samples, wall_s) | counts
+
+
+def held_out_prompts(task: PromptTask, packed: Path, model: Transformer) -> list[Prompt]:
+    """The first documents of the held-out split that are long enough, by their first tokens."""
+    folder = packed / "packed"
+    rows = PackedRows(folder / "heldout.arrow")
+    if rows.vocab_size != model.config.vocab_size:
+        raise ArtifactError(
+            f"{folder / 'heldout.arrow'} was packed with {rows.vocab_size} token ids, the model "
+            f"has {model.config.vocab_size}; they do not belong together"
+        )
+    pieces = read_table(folder / "heldout.pieces.parquet", PIECES).to_pylist()
+    enough = 1 + task.prompt_tokens + REST
+    found = [piece for piece in pieces if piece["part"] == 0 and piece["n_tokens"] >= enough]
+    if len(found) < task.prompts:
+        raise ConfigError(
+            f"prompts={task.prompts}: only {len(found)} held-out documents have "
+            f"{task.prompt_tokens} prompt tokens and {REST} more; lower prompts or prompt_tokens, "
+            "or hold out more text"
+        )
+    prompts = []
+    for request, piece in enumerate(found[: task.prompts]):
+        start = piece["start"] + 1
+        ids = rows.rows([piece["row"]]).token_ids[0, start : start + task.prompt_tokens]
+        prompts.append(Prompt(request, piece["doc_id"], ids))
+    return prompts
+
+
+def samples_table(samples: Sequence[Sample], tokenizer: TextTokenizer) -> pa.Table:
+    """Samples as rows of the SAMPLES schema; text stops before the closing document token."""
+
+    def text_of(sample: Sample) -> str:
+        return tokenizer.decode(sample.token_ids[: len(sample.token_ids) - sample.finished])
+
+    return pa.table(
+        {
+            "request": [s.request for s in samples],
+            "prompt_id": [s.prompt_id for s in samples],
+            "prompt": [tokenizer.decode(s.prompt_ids) for s in samples],
+            "text": [text_of(s) for s in samples],
+            "prompt_ids": [s.prompt_ids for s in samples],
+            "token_ids": [s.token_ids for s in samples],
+            "block_length": [s.block_length for s in samples],
+            "nfe": [s.nfe for s in samples],
+            "positions": [s.positions for s in samples],
+            "finished": [s.finished for s in samples],
+            "wall_s": [s.wall_s for s in samples],
+        },
+        schema=SAMPLES,
+    )
+
+
+def summary(samples: Sequence[Sample], wall_s: float) -> dict[str, int | float | str]:
+    """Totals over the requests."""
+    tokens = sum(len(s.token_ids) for s in samples)
+    nfe = sum(s.nfe for s in samples)
+    blocks = sum(len(s.block_length) for s in samples)
+    return {
+        "requests": len(samples),
+        "tokens": tokens,
+        "nfe": nfe,
+        "tpf": tokens / nfe,
+        "positions": sum(s.positions for s in samples),
+        "blocks": blocks,
+        "dropped": sum(s.dropped for s in samples),
+        "forced_share": sum(s.forced_blocks for s in samples) / blocks,
+        "finished_share": float(np.mean([s.finished for s in samples])),
+        "tokens_per_s": tokens / wall_s,
+    }

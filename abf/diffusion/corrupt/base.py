@@ -1,0 +1,53 @@
+"""What a corruption takes and gives.
+
+Letters: B batch rows, L row length. MASK is the id V, one past the vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from abf.base import build
+from abf.data.loader import PackedBatch
+from abf.diffusion.config import Corruption
+
+
+@dataclass
+class Noised:
+    """The noisy stream of a batch."""
+
+    noisy_ids: NDArray[np.int64]
+    """[B, L], in 0..V."""
+    masked: NDArray[np.bool_]
+    """[B, L], slots to predict."""
+    weight: NDArray[np.float64]
+    """[B, L], weight of each predicted slot's cross-entropy in the bound; 0 elsewhere."""
+
+
+class Corrupter(Protocol):
+    """Turns clean blocks into noisy ones."""
+
+    def apply(
+        self, batch: PackedBatch, *, seed: int, epochs: NDArray[np.int64], draw: int = 0
+    ) -> Noised:
+        """Noise a batch.
+
+        Noise is keyed by (seed, epoch, piece, place in the piece, draw), so it does not depend on
+        the batch, the rank or the worker.
+
+        Args:
+            batch: clean rows.
+            seed: seed of the run.
+            epochs: [B], how often each row has been seen before.
+            draw: number of the noise draw, for several draws of the same text.
+        """
+        ...
+
+
+def build_corruption(cfg: Corruption, *, mask_id: int) -> Corrupter:
+    """The corruption that `cfg.kind` names; `mask_id` is the model's MASK input id (V)."""
+    return build(cfg, room="abf.diffusion.corrupt", mask_id=mask_id)

@@ -1,0 +1,91 @@
+"""The ledger of this machine: attempt records of stage directories -> one row per attempt.
+
+Hours are wall-clock times what was reserved: core_hours = cores * elapsed_s / 3600; node_hours is
+null here and comes from the scheduler's records on a cluster. Energy is joules.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from abf.artifacts import LEDGER, stage_dir, write_table
+from abf.errors import ArtifactError
+from abf.track.attempts import ATTEMPTS
+from abf.track.outcomes import attempt_outcomes
+
+CLUSTER = "local"
+NOT_MEASURED = "not measured"
+
+
+def build_ledger(results: Path, stage_dirs: Sequence[Path], out: Path) -> dict[str, Any]:
+    """Write `out`/ledger.parquet (schema LEDGER), one row per attempt, failed ones included.
+
+    Args:
+        results: folder that holds the stage directories.
+        stage_dirs: directories to charge for; one that is relative lies below `results`, one that
+            was never attempted adds nothing, one named twice is charged once.
+        out: staging directory.
+
+    Returns:
+        counts: attempts, failed, core_hours, jobs.
+
+    Raises:
+        ArtifactError: an attempt record lacks a field; names the file and the field.
+    """
+    directories = dict.fromkeys(_below(results, stage_dir(path)) for path in stage_dirs)
+    rows = [row for path in directories for row in ledger_rows(path, run=_key(results, path))]
+    rows.sort(key=lambda r: (r["submit_time"], r["rule"], r["run"], r["attempt"], r["job_id"]))
+    write_table(out / "ledger.parquet", pa.Table.from_pylist(rows, schema=LEDGER), LEDGER)
+    return {
+        "attempts": len(rows),
+        "failed": sum(row["state"] not in ("COMPLETED", "RUNNING") for row in rows),
+        "jobs": len({row["job_id"] for row in rows}),
+        "core_hours": sum(row["core_hours"] for row in rows),
+    }
+
+
+def _below(results: Path, directory: Path) -> Path:
+    return directory if directory.is_relative_to(results) else results / directory
+
+
+def _key(results: Path, directory: Path) -> str:
+    """`{key}` of `results/{stage}/{key}`; a key may have parts (`{run}/{task}.{decoder}`)."""
+    parts = directory.relative_to(results).parts if directory.is_relative_to(results) else ()
+    return "/".join(parts[1:]) or directory.name
+
+
+def ledger_rows(directory: Path, *, run: str) -> list[dict[str, Any]]:
+    """Rows (schema LEDGER) of one stage directory's attempts; `run` is its key."""
+    try:
+        return [_row(outcome) | {"run": run} for outcome in attempt_outcomes(directory)]
+    except KeyError as error:
+        raise ArtifactError(
+            f"{directory / ATTEMPTS}: a record lacks the field {error}; it was not written by this "
+            "version of abf. Move the file away to leave its attempts out of the ledger"
+        ) from error
+
+
+def _row(outcome: Mapping[str, Any]) -> dict[str, Any]:
+    energy = outcome.get("energy_j")
+    start = datetime.fromtimestamp(outcome["start"], UTC)
+    return {
+        "cluster": CLUSTER,
+        "job_id": str(outcome["job_id"]),
+        "submit_time": start.isoformat(timespec="milliseconds"),
+        "attempt": outcome["attempt"],
+        "rule": outcome["rule"],
+        "state": outcome["state"],
+        "reason": outcome["reason"],
+        "nodes": 0,
+        "gpus": outcome["gpus"],
+        "elapsed_s": outcome["elapsed_s"],
+        "node_hours": None,
+        "core_hours": outcome["cores"] * outcome["elapsed_s"] / 3600,
+        "energy_j": energy,
+        "energy_source": outcome.get("energy_source") or (NOT_MEASURED if energy is None else ""),
+    }

@@ -1,0 +1,220 @@
+"""One readable decoder-only transformer: RMSNorm, RoPE, grouped-query attention, SwiGLU.
+
+Letters: B batch rows, M query rows, H/G query/kv heads, D head dim, V vocabulary, S longest block,
+d width. Parameters are fp32; mixed precision is the caller's autocast, norms stay in fp32 inside.
+Who may see whom is not known here: it comes in as an `Attend`.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from abf.model.attention import Attend, RangeAttend
+from abf.model.config import AttentionBackend, ModelConfig
+
+
+def rope_frequencies(config: ModelConfig) -> Tensor:
+    """Angular speed of each rotated pair, [D/2], radians a position.
+
+    Plain RoPE, or Llama-3 scaling: waves longer than the original context are slowed by `factor`,
+    short ones kept, and those between blended (names and formula as in Hugging Face configs).
+    """
+    pairs = torch.arange(0, config.head_dim, 2, dtype=torch.int64).float()
+    speed = 1.0 / (config.rope_theta ** (pairs / config.head_dim))
+    scaling = config.rope_scaling
+    if scaling is None:
+        return speed
+    wavelength = 2 * math.pi / speed
+    context = scaling.original_max_position_embeddings
+    blend = (context / wavelength - scaling.low_freq_factor) / (
+        scaling.high_freq_factor - scaling.low_freq_factor
+    )
+    blend = blend.clamp(0, 1)
+    return (1 - blend) * speed / scaling.factor + blend * speed
+
+
+def rotation(positions: Tensor, speed: Tensor) -> tuple[Tensor, Tensor]:
+    """Cosines and signed sines [B, M, 1, D] of positions [B, M], for `rotate`."""
+    angles = (positions.unsqueeze(-1).to(speed.dtype) * speed).unsqueeze(2)
+    cos, sin = angles.cos(), angles.sin()
+    return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn pairs (i, i + D/2) of x [B, M, heads, D]; computed in fp32, returned in x's dtype."""
+    return (x * cos + x.roll(x.shape[-1] // 2, dims=-1) * sin).to(x.dtype)
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight over the last dimension, in at least fp32."""
+
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        scaled = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
+        return self.weight * scaled.to(x.dtype)
+
+
+class Attention(nn.Module):
+    """Projections around the attention seam."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.heads, self.kv_heads, self.head_dim = config.heads, config.kv_heads, config.head_dim
+        self.q = nn.Linear(config.d_model, config.heads * config.head_dim, bias=False)
+        self.k = nn.Linear(config.d_model, config.kv_heads * config.head_dim, bias=False)
+        self.v = nn.Linear(config.d_model, config.kv_heads * config.head_dim, bias=False)
+        self.o = nn.Linear(config.heads * config.head_dim, config.d_model, bias=False)
+
+    def mix(self, x: Tensor, cos: Tensor, sin: Tensor, layer: int, attend: Attend) -> Tensor:
+        """[B, M, d] -> [B, M, H*D]: what the heads gather, before the output projection."""
+        B, M, _ = x.shape
+        q = rotate(self.q(x).view(B, M, self.heads, self.head_dim), cos, sin)
+        k = rotate(self.k(x).view(B, M, self.kv_heads, self.head_dim), cos, sin)
+        v = self.v(x).view(B, M, self.kv_heads, self.head_dim)
+        mixed = attend(layer, q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
+        return mixed.transpose(1, 2).reshape(B, M, self.heads * self.head_dim)
+
+
+class SwiGLU(nn.Module):
+    """down(silu(gate(x)) * up(x))."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.gate = nn.Linear(config.d_model, config.d_ff, bias=False)
+        self.up = nn.Linear(config.d_model, config.d_ff, bias=False)
+        self.down = nn.Linear(config.d_ff, config.d_model, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(F.silu(self.gate(x)) * self.up(x))
+
+
+class Layer(nn.Module):
+    """Pre-norm attention and SwiGLU, each added to the residual stream."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.attention_norm = RMSNorm(config.d_model, config.norm_eps)
+        self.attention = Attention(config)
+        self.mlp_norm = RMSNorm(config.d_model, config.norm_eps)
+        self.mlp = SwiGLU(config)
+
+    def forward(
+        self, x: Tensor, cos: Tensor, sin: Tensor, layer: int, attend: Attend, rows: Tensor | None
+    ) -> Tensor:
+        """[B, M, d] -> [B, M, d], or [R, d] for the flat rows in `rows`."""
+        mixed = self.attention.mix(self.attention_norm(x), cos, sin, layer, attend)
+        if rows is not None:
+            x, mixed = x.flatten(0, 1)[rows], mixed.flatten(0, 1)[rows]
+        x = x + self.attention.o(mixed)
+        return x + self.mlp(self.mlp_norm(x))
+
+
+class Transformer(nn.Module):
+    """Decoder-only transformer with a MASK input and a block-length head.
+
+    The MASK id is V: an input embedding of its own, never an output. The length head starts at zero
+    (every length equally likely), so a converted model is its source.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embedding = nn.Embedding(config.vocab_size, config.d_model)
+        self.mask_embedding = nn.Parameter(torch.zeros(config.d_model))
+        self.layers = nn.ModuleList(Layer(config) for _ in range(config.layers))
+        self.norm = RMSNorm(config.d_model, config.norm_eps)
+        self.head = (
+            None
+            if config.tie_embeddings
+            else nn.Linear(config.d_model, config.vocab_size, bias=False)
+        )
+        self.length_head = nn.Linear(config.d_model, config.max_block)
+        nn.init.zeros_(self.length_head.weight)
+        nn.init.zeros_(self.length_head.bias)
+        self.rope: Tensor
+        self.register_buffer("rope", rope_frequencies(config), persistent=False)
+
+    @property
+    def mask_id(self) -> int:
+        """Input id of MASK."""
+        return self.config.vocab_size
+
+    @property
+    def head_weight(self) -> Tensor:
+        """Output matrix [V, d]: the embedding itself when they are tied."""
+        return self.embedding.weight if self.head is None else self.head.weight
+
+    def initialise(self, generator: torch.Generator) -> None:
+        """Set every weight of a model trained from scratch.
+
+        Matrices are normal, 0.02; what is added to the residual stream is scaled by
+        1/sqrt(2*layers) (GPT-2). Norms are one, the length head zero, MASK the mean embedding.
+        """
+        residual = 0.02 / math.sqrt(2 * self.config.layers)
+        with torch.no_grad():
+            for name, parameter in self.named_parameters():
+                if name.startswith("length_head"):
+                    parameter.zero_()
+                elif parameter.dim() == 1:
+                    parameter.fill_(1.0)
+                else:
+                    added = name.endswith(("attention.o.weight", "mlp.down.weight"))
+                    parameter.normal_(0.0, residual if added else 0.02, generator=generator)
+        self.reset_mask_embedding()
+
+    def reset_mask_embedding(self) -> None:
+        """Set MASK to the mean token embedding.
+
+        Near-zero mask embeddings make gradients explode early in conversion (LLaDA 2.0 report).
+        """
+        with torch.no_grad():
+            self.mask_embedding.copy_(self.embedding.weight.mean(dim=0))
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """[B, M] ids in 0..V (V is MASK) -> [B, M, d]."""
+        masked = ids == self.mask_id
+        tokens = self.embedding(ids.masked_fill(masked, 0))
+        return torch.where(masked.unsqueeze(-1), self.mask_embedding, tokens)
+
+    def hidden(
+        self, ids: Tensor, positions: Tensor, attend: Attend, *, rows: Tensor | None = None
+    ) -> Tensor:
+        """States after the final norm.
+
+        Args:
+            ids: [B, M] int64 in 0..V; V is MASK.
+            positions: [B, M] int64, from 0 at the start of each piece.
+            attend: who sees whom.
+            rows: [R] int64 flat indices into B*M; other rows only give keys and values in the last
+                layer, their MLP there and the final norm are not computed.
+
+        Returns:
+            [B, M, d], or [R, d] when `rows` is given.
+        """
+        x = self.embed(ids)
+        cos, sin = rotation(positions, self.rope)
+        last = len(self.layers) - 1
+        for number, layer in enumerate(self.layers):
+            x = layer(x, cos, sin, number, attend, rows if number == last else None)
+        return self.norm(x)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[..., d] -> [..., V]."""
+        return F.linear(hidden, self.head_weight)
+
+    def length_logits(self, hidden: Tensor) -> Tensor:
+        """[..., d] -> [..., S]; entry j is a next block of j+1 tokens."""
+        return self.length_head(hidden)
+
+    def attend(self, ranges: Tensor, *, backend: AttentionBackend) -> Attend:
+        """Attention over the given key ranges [B, M, 4], for callers below this room."""
+        return RangeAttend(ranges, backend=backend)

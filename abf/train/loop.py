@@ -1,0 +1,256 @@
+"""Train a model, restartable at any step: resume, step, record, checkpoint, stop when asked.
+
+`{run_dir}/ckpt/` holds rolling checkpoints and `{run_dir}/journal.jsonl` the metrics; both outlive
+a failed job. Tokens are clean row slots, padding included; steps are counted as done (1-based).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from abf.errors import DivergenceError, Interrupted, ResumeError
+from abf.model.transformer import Transformer
+from abf.train import checkpoint
+from abf.train.config import TrainConfig
+from abf.train.parallel import World, world
+from abf.train.record import Recorder
+from abf.train.runtime import differences, environment, settings
+from abf.train.signals import StopFlag, command
+from abf.train.step import Trainer
+
+SAMPLE_BYTES = 1 << 20
+"""Bytes at either end of the packed file that enter its fingerprint."""
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """A finished run."""
+
+    model: Transformer
+    steps: int
+    """Optimiser steps done, over all attempts."""
+    tokens: int
+    """Clean tokens trained on."""
+    seconds: float
+    """Seconds of training, over all attempts."""
+
+
+def train(
+    cfg: TrainConfig, *, seed: int, model: Transformer, packed: Path, run_dir: Path, label: str
+) -> TrainResult:
+    """Train to the end, from the newest whole checkpoint when there is one.
+
+    Args:
+        cfg: settings, with the precision resolved.
+        seed: seed of data order and noise.
+        model: initial weights; trained in place.
+        packed: `train.arrow` of the packed data.
+        run_dir: folder of checkpoints and journal; the caller holds its lock.
+        label: name of the run in progress lines.
+
+    Raises:
+        ConfigError: settings that cannot be run.
+        ArtifactError: packed rows that do not fit the model; a checkpoint that cannot be written.
+        ResumeError: the checkpoint belongs to another configuration, model or data set.
+        DivergenceError: the loss stopped being a number.
+        Interrupted: a signal arrived; the state is saved.
+    """
+    with (
+        settings(threads=cfg.threads),
+        world() as ranks,
+        StopFlag() as stop,
+        Recorder(run_dir, label, active=ranks.first) as record,
+    ):
+        identity = {
+            "config": cfg.model_dump(mode="json"),
+            "seed": seed,
+            "initial_model": model_hash(model),
+            "packed": _fingerprint(packed),
+        }
+        trainer = Trainer(cfg, seed=seed, model=model, packed=packed, world=ranks)
+        run = _Run(trainer, record, run_dir, identity)
+        run.resume()
+        while run.done < trainer.steps and not ranks.any(stop.signal is not None):
+            run.step()
+        if run.done > run.saved:
+            run.save()
+        ranks.barrier()
+        if ranks.any(stop.signal is not None):
+            reason = stop.name or "a signal to another rank"
+            record.event("interrupted", step=run.done, signal=reason)
+            raise Interrupted(
+                f"{label}: stopped by {reason} after step {run.done} of {trainer.steps}, saved in "
+                f"{run_dir / checkpoint.FOLDER}. The same command goes on from there: {command()}"
+            )
+        record.event("finished", step=run.done, wall_s=run.wall_s())
+        model.zero_grad(set_to_none=True)
+        return TrainResult(model, run.done, run.tokens, run.wall_s())
+
+
+class _Run:
+    """Where a run stands, and how it goes on."""
+
+    def __init__(
+        self, trainer: Trainer, record: Recorder, run_dir: Path, identity: dict[str, Any]
+    ) -> None:
+        self.trainer, self.record, self.run_dir = trainer, record, run_dir
+        self.identity = identity
+        self.environment = environment(
+            precision=trainer.cfg.precision, world_size=trainer.world.size
+        )
+        self.done = self.saved = 0
+        self._before = 0.0
+        self._began = time.monotonic()
+
+    @property
+    def tokens(self) -> int:
+        """Clean tokens so far."""
+        return self.done * self.trainer.tokens_per_step
+
+    def wall_s(self) -> float:
+        """Seconds of training so far, over all attempts."""
+        return self._before + time.monotonic() - self._began
+
+    def resume(self) -> None:
+        """Go to the newest whole checkpoint, or stay at the beginning; says which and why."""
+        found, damaged = checkpoint.latest(self.run_dir)
+        for text in damaged:
+            self.record.warn("damaged_checkpoint", f"checkpoint skipped: {text}")
+        ranks: World = self.trainer.world
+        if ranks.from_first(0 if found is None else found.step) != (found.step if found else 0):
+            raise ResumeError(
+                f"the ranks see different checkpoints in {self.run_dir}; it must be on a disk they "
+                "share"
+            )
+        window: Mapping[str, float] = {}
+        if found is not None:
+            self._check_identity(found)
+            state = found.state
+            _copy(found.model(), self.trainer.model)
+            self.trainer.optimiser.load(found.optimizer())
+            self.done = self.saved = found.step
+            self._before, window = state["wall_s"], state["window"]
+        elif damaged:
+            self.record.warn("from_scratch", "no checkpoint is whole: starting from step 0")
+        ranks.barrier()
+        self.record.begin(step=self.done, steps=self.trainer.steps, window=window)
+        self.record.event(
+            "start" if found is None else "resume",
+            step=self.done,
+            steps=self.trainer.steps,
+            seed=self.trainer.seed,
+            parameters=self.trainer.optimiser.gradients.numel(),
+            environment=self.environment,
+        )
+        if found is not None:
+            self._check_environment(found)
+        self._began = time.monotonic()
+
+    def step(self) -> None:
+        """One step, its records, and a checkpoint when one is due."""
+        trainer, cfg = self.trainer, self.trainer.cfg
+        try:
+            result = trainer.step(self.done)
+        except DivergenceError as error:
+            self.record.event("diverged", step=self.done + 1, text=str(error))
+            raise
+        self.done += 1
+        self.record.step(result, tokens=trainer.tokens_per_step)
+        last = self.done == trainer.steps
+        if last or self.done % cfg.log_steps == 0:
+            values = {"lr": result.lr}
+            if trainer.corruption is not None:
+                norm = torch.linalg.vector_norm(trainer.model.mask_embedding.detach())
+                values["mask_embedding_norm"] = float(norm)
+            self.record.metrics(
+                step=self.done, tokens=self.tokens, wall_s=self.wall_s(), values=values
+            )
+        if last or self.done % cfg.checkpoint_steps == 0:
+            self.save()
+
+    def save(self) -> None:
+        """Write a checkpoint of this step; other ranks wait for the first."""
+        trainer = self.trainer
+        if trainer.world.first:
+            # A crash of the machine must not leave a checkpoint whose metrics are lost.
+            self.record.sync()
+            path = checkpoint.save(
+                self.run_dir,
+                step=self.done,
+                model=trainer.optimiser.parameters,
+                optimizer=trainer.optimiser.state(),
+                state={
+                    "identity": self.identity,
+                    "environment": self.environment,
+                    "tokens": self.tokens,
+                    "wall_s": self.wall_s(),
+                    "window": dict(self.record.window),
+                },
+                keep=trainer.cfg.keep_checkpoints,
+            )
+            self.record.event("checkpoint", step=self.done, path=path.name)
+        trainer.world.barrier()
+        self.saved = self.done
+
+    def _check_identity(self, found: checkpoint.Checkpoint) -> None:
+        before, now = _flat(found.state["identity"]), _flat(self.identity)
+        if changed := differences(before, now):
+            raise ResumeError(
+                f"{found.path} belongs to another run; different (checkpoint -> now): "
+                f"{'; '.join(changed)}. Restore these, or delete {found.path.parent} to train from "
+                "scratch"
+            )
+
+    def _check_environment(self, found: checkpoint.Checkpoint) -> None:
+        changed = differences(found.state["environment"], self.environment)
+        if changed:
+            self.record.warn(
+                "environment_changed",
+                f"resume will not be bit-exact: {'; '.join(changed)}",
+                changed=changed,
+            )
+
+
+def model_hash(model: torch.nn.Module) -> str:
+    """Hash of all parameters, names and shapes."""
+    digest = hashlib.sha256()
+    for name, parameter in sorted(model.named_parameters()):
+        digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}\n".encode())
+        digest.update(parameter.detach().contiguous().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _fingerprint(path: Path) -> dict[str, Any]:
+    """Size of a file and hash of both its ends: cheap on terabytes, and tells data sets apart."""
+    size = path.stat().st_size
+    with open(path, "rb") as handle:
+        digest = hashlib.sha256(handle.read(SAMPLE_BYTES))
+        handle.seek(max(0, size - SAMPLE_BYTES))
+        digest.update(handle.read())
+    return {"bytes": size, "ends_sha256": digest.hexdigest()}
+
+
+def _copy(saved: Mapping[str, torch.Tensor], model: torch.nn.Module) -> None:
+    parameters = dict(model.named_parameters())
+    assert parameters.keys() == saved.keys(), sorted(parameters.keys() ^ saved.keys())
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(saved[name])
+
+
+def _flat(value: Any, prefix: str = "") -> dict[str, str]:
+    """Nested JSON as dotted keys with their values' text."""
+    if not isinstance(value, Mapping):
+        return {prefix: str(value)}
+    return {
+        key: text
+        for name, part in value.items()
+        for key, text in _flat(part, f"{prefix}.{name}" if prefix else name).items()
+    }

@@ -1,0 +1,97 @@
+"""Data parallelism over processes: each rank takes a slice of the rows, gradients are summed.
+
+Ranks come from torchrun's environment (RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT) and talk by
+gloo. Losses are divided by counts over all ranks before backward, so the summed gradient equals
+the gradient of one process to float tolerance.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from abf.errors import ConfigError
+
+TIMEOUT = timedelta(minutes=10)
+"""How long a rank waits for the others before it gives up; a dead peer is noticed at once."""
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among its peers; with one rank every operation does nothing."""
+
+    rank: int = 0
+    size: int = 1
+
+    @property
+    def first(self) -> bool:
+        """True on the rank that writes journals and checkpoints."""
+        return self.rank == 0
+
+    def share(self, rows: int) -> slice:
+        """This rank's part of `rows` rows; parts differ by at most one row.
+
+        Raises:
+            ConfigError: there are fewer rows than ranks.
+        """
+        if rows < self.size:
+            raise ConfigError(
+                f"train.batch_rows is {rows}, but {self.size} ranks each need a row; raise it to "
+                f"at least {self.size} or start fewer ranks"
+            )
+        return slice(rows * self.rank // self.size, rows * (self.rank + 1) // self.size)
+
+    def sum_(self, values: Tensor) -> Tensor:
+        """Replace `values` by its sum over the ranks."""
+        if self.size > 1:
+            dist.all_reduce(values)
+        return values
+
+    def any(self, flag: bool) -> bool:
+        """True on every rank when `flag` is true on one."""
+        return bool(self.sum_(torch.tensor(int(flag)))) if self.size > 1 else flag
+
+    def from_first(self, value: int) -> int:
+        """The first rank's `value`."""
+        if self.size == 1:
+            return value
+        shared = torch.tensor(value)
+        dist.broadcast(shared, src=0)
+        return int(shared)
+
+    def barrier(self) -> None:
+        """Wait until every rank is here."""
+        if self.size > 1:
+            dist.barrier()
+
+
+@contextlib.contextmanager
+def world() -> Iterator[World]:
+    """The ranks torchrun started, or this process alone; an open process group is used as it is.
+
+    Raises:
+        ConfigError: torchrun's environment is incomplete; names what is missing.
+    """
+    if dist.is_initialized():
+        yield World(dist.get_rank(), dist.get_world_size())
+        return
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield World()
+        return
+    if missing := [n for n in ("RANK", "MASTER_ADDR", "MASTER_PORT") if n not in os.environ]:
+        raise ConfigError(
+            f"WORLD_SIZE is {os.environ['WORLD_SIZE']} but {', '.join(missing)} is not set; start "
+            "through torchrun, or unset WORLD_SIZE"
+        )
+    dist.init_process_group("gloo", timeout=TIMEOUT)
+    try:
+        yield World(dist.get_rank(), dist.get_world_size())
+    finally:
+        dist.destroy_process_group()

@@ -1,0 +1,207 @@
+"""One optimiser step after another: rows, noise, loss, gradients over ranks, clipping, AdamW.
+
+Letters: L row length. Steps count from 0. A step is a pure function of its number, the seed, the
+weights and the optimiser's state: nothing else is carried from one to the next.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from abf.artifacts import PIECES, read_table
+from abf.data.loader import PackedBatch, PackedRows, row_indices
+from abf.diffusion.corrupt.base import build_corruption
+from abf.diffusion.loss import combine, count_terms, loss_terms, term_weights
+from abf.errors import ArtifactError, ConfigError, DivergenceError
+from abf.model.transformer import Transformer
+from abf.train.config import TrainConfig
+from abf.train.optim import Optimiser, learning_rate
+from abf.train.parallel import World
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What a step measured, over all ranks and micro-batches."""
+
+    loss: float
+    """Nats: weighted sum of the terms, each divided by its own count."""
+    sums: dict[str, float]
+    """Nats of each term."""
+    counts: dict[str, int]
+    """Tokens or blocks each term was charged for."""
+    tokens: int
+    """Tokens the likelihood charges for."""
+    masked: int
+    """Masked ones of them; 0 for the AR objective."""
+    grad_norm: float
+    """Global norm before clipping."""
+    lr: float
+    """Learning rate of the update."""
+
+
+class Trainer:
+    """Model, optimiser, data and noise of a run.
+
+    Raises:
+        ConfigError: the precision was never resolved, or there are fewer rows than ranks.
+        ArtifactError: the packed rows do not fit the model; names both sides.
+    """
+
+    def __init__(
+        self,
+        cfg: TrainConfig,
+        *,
+        seed: int,
+        model: Transformer,
+        packed: Path,
+        world: World | None = None,
+    ) -> None:
+        if cfg.precision == "auto":
+            raise ConfigError(
+                "train.precision is still 'auto'; it is resolved when a run is planned: write "
+                "'fp32' or 'bf16' (bf16 only where the processor has the instructions)"
+            )
+        self.cfg, self.seed, self.model, self.path = cfg, seed, model, packed
+        self.world = World() if world is None else world
+        self.part = self.world.share(cfg.batch_rows)
+        self.rows = PackedRows(packed)
+        _check_fit(self.rows, model, packed)
+        self.loss = cfg.objective.loss if cfg.objective.kind == "block" else None
+        self.weights = term_weights(self.loss)
+        self.corruption = (
+            build_corruption(cfg.objective.corruption, mask_id=model.mask_id)
+            if cfg.objective.kind == "block"
+            else None
+        )
+        self.optimiser = Optimiser(model, cfg.optim)
+        self.tokens_per_step = cfg.batch_rows * self.rows.row_length
+        self.steps = math.ceil(cfg.tokens / self.tokens_per_step)
+        model.train()
+
+    def step(self, number: int) -> StepResult:
+        """Do step `number`.
+
+        Raises:
+            DivergenceError: loss or gradient is not finite; the weights were not touched.
+        """
+        sums, counts, masked = self.gradients(number)
+        loss = sum(w * sums[name] / max(counts[name], 1) for name, w in self.weights.items())
+        norm = self.optimiser.clip()
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            raise DivergenceError(self._divergence(number, loss, norm))
+        lr = learning_rate(number, steps=self.steps, cfg=self.cfg.optim)
+        self.optimiser.step(lr)
+        tokens = counts["nelbo" if "nelbo" in counts else "ar"]
+        return StepResult(loss, sums, counts, tokens, masked, norm, lr)
+
+    def gradients(self, number: int) -> tuple[dict[str, float], dict[str, int], int]:
+        """Fill the gradient buffer for step `number`, summed over micro-batches and ranks.
+
+        Returns:
+            sum of each term (nats), count of each term, masked tokens; all over all ranks.
+        """
+        rows, epochs = self.row_indices(number)
+        rows, epochs = rows[self.part], epochs[self.part]
+        batch = self.rows.rows(rows)
+        names = list(self.weights)
+        # Before any backward: what the sums are divided by counts every rank and micro-batch.
+        local = count_terms(batch, self.loss)
+        counted = self.world.sum_(torch.tensor([local[name] for name in names]))
+        counts = dict(zip(names, counted.tolist(), strict=True))
+
+        self.optimiser.zero_grad()
+        totals = torch.zeros(len(names) + 1, dtype=torch.float64)
+        size = self.cfg.micro_rows or len(rows)
+        for start in range(0, len(rows), size):
+            part = slice(start, start + size)
+            totals += self._micro_batch(_rows(batch, part), epochs[part], counts)
+        self.world.sum_(self.optimiser.gradients)
+        *sums, masked = self.world.sum_(totals).tolist()
+        return dict(zip(names, sums, strict=True)), counts, int(masked)
+
+    def row_indices(self, number: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Rows of step `number` over all ranks, and how often each was seen before."""
+        return row_indices(
+            number, batch_rows=self.cfg.batch_rows, n_rows=len(self.rows), seed=self.seed
+        )
+
+    def _micro_batch(
+        self, batch: PackedBatch, epochs: NDArray[np.int64], counts: dict[str, int]
+    ) -> torch.Tensor:
+        """Add the gradients of some rows; returns the terms' sums and the masked tokens."""
+        if not any(count_terms(batch, self.loss).values()):  # padding alone
+            return torch.zeros(len(self.weights) + 1, dtype=torch.float64)
+        noised = (
+            None
+            if self.corruption is None
+            else self.corruption.apply(batch, seed=self.seed, epochs=epochs)
+        )
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.cfg.precision == "bf16"):
+            terms = loss_terms(
+                self.model, batch, noised=noised, loss=self.loss, backend=self.cfg.attention
+            )
+            loss = combine(terms, counts, self.weights)
+        loss.backward()
+        masked = 0 if noised is None else int(noised.masked.sum())
+        return torch.tensor(
+            [*(float(terms[name].sum.detach()) for name in self.weights), masked],
+            dtype=torch.float64,
+        )
+
+    def _divergence(self, number: int, loss: float, norm: float) -> str:
+        rows, _ = self.row_indices(number)
+        pieces = np.unique(self.rows.rows(rows).document_id)
+        return (
+            f"step {number + 1} of {self.steps}: loss {loss}, gradient norm {norm}; its update was "
+            f"not applied and the last checkpoint stands. Batch: rows {rows.tolist()} of "
+            f"{self.path}, documents {_documents(self.path, pieces[pieces >= 0])}. The same "
+            "command would meet it again: look at that text, or lower train.optim.lr or "
+            "train.optim.clip_norm"
+        )
+
+
+def _rows(batch: PackedBatch, part: slice) -> PackedBatch:
+    """Some rows of a batch."""
+    return PackedBatch(
+        **{field.name: getattr(batch, field.name)[part] for field in dataclasses.fields(batch)}
+    )
+
+
+def _check_fit(rows: PackedRows, model: Transformer, path: Path) -> None:
+    config = model.config
+    if rows.vocab_size != config.vocab_size:
+        raise ArtifactError(
+            f"{path} was packed with a vocabulary of {rows.vocab_size}, the model has "
+            f"{config.vocab_size}: pack with the model's tokenizer"
+        )
+    if rows.max_block > config.max_block:
+        raise ArtifactError(
+            f"{path} has blocks of up to {rows.max_block} tokens, the model's length head knows "
+            f"{config.max_block}: convert with the same pack settings"
+        )
+    if rows.row_length > config.max_positions:
+        raise ArtifactError(
+            f"{path} has rows of {rows.row_length} tokens, the model {config.max_positions} "
+            "positions: pack shorter rows"
+        )
+    if not len(rows):
+        raise ArtifactError(f"{path} holds no row: the training split is empty")
+
+
+def _documents(packed: Path, pieces: NDArray[np.int64], most: int = 20) -> str:
+    """Names of the documents behind piece numbers, or the numbers when there is no piece table."""
+    table = packed.with_name(f"{packed.stem}.pieces.parquet")
+    names = [str(piece) for piece in pieces]
+    if table.exists():
+        known = read_table(table, PIECES).select(["document_id", "doc_id"]).to_pylist()
+        by_number = {row["document_id"]: row["doc_id"] for row in known}
+        names = list(dict.fromkeys(by_number[int(piece)] for piece in pieces))
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more

@@ -1,0 +1,191 @@
+"""Block decoding at a forced number of tokens a step against AR, and what the event log costs.
+
+Both run in the same engine on the same weights (random: speed does not read them), interleaved in
+one process on one thread; times are CPU seconds, so that a busy neighbour does not count. How many
+tokens a step can be had at what quality is not a question of speed; the report's curve answers it.
+Letters: k tokens committed a step, S slots a block, B requests side by side.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from abf.base import build
+from abf.decode import request
+from abf.decode.config import FixedExtent, SamplerConfig
+from abf.decode.engine import Engine
+from abf.decode.replay import replay
+from abf.decode.request import Prompt, RequestState
+from abf.decode.strategy.ar import Ar
+from abf.decode.trace import TraceWriter
+from abf.decode.view import Action, BlockSummary, BlockView, Commit, RequestMeta
+from abf.model.config import ModelConfig
+from abf.model.transformer import Transformer
+from benchmarks.statistics import Row, ratio_row
+
+SHAPE = ModelConfig(
+    vocab_size=8192,
+    d_model=512,
+    layers=8,
+    heads=8,
+    kv_heads=4,
+    head_dim=64,
+    d_ff=1408,
+    max_positions=512,
+)
+"""28M parameters."""
+QUICK = SHAPE.model_copy(update={"d_model": 128, "layers": 2, "d_ff": 352, "head_dim": 16})
+S, PROMPT = 16, 64
+
+
+class Endless(Transformer):
+    """Never proposes the document token, so that every request delivers as many tokens."""
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[..., d] -> [..., V]."""
+        found = super().logits(hidden)
+        found[..., self.config.document_id] = -torch.inf
+        return found
+
+
+class Forced:
+    """Commit the k surest masks a step."""
+
+    def __init__(self, k: int) -> None:
+        self.k = k
+
+    def start(self, meta: RequestMeta) -> None:
+        """No state."""
+
+    def decide(self, view: BlockView, state: None) -> Action:
+        """The k surest, or what is left."""
+        count = min(self.k, int(view.is_mask.sum()))
+        surest = np.argsort(np.where(view.is_mask, -view.confidence, np.inf))[:count]
+        return Action(Commit(view.uids[surest], view.token[surest]))
+
+    def end_block(self, summary: BlockSummary, state: None) -> None:
+        """Nothing to forget."""
+
+
+@dataclass
+class Times:
+    """CPU seconds of one decode."""
+
+    decode: float
+    log: float
+    replay: float
+
+
+def run(quick: bool = False) -> list[Row]:
+    """Figures of the table."""
+    torch.set_num_threads(1)
+    model = Endless(QUICK if quick else SHAPE)
+    model.initialise(torch.Generator().manual_seed(0))
+    model.eval()
+    rounds, new_tokens = (3, 16) if quick else (7, 64)
+    parameters = sum(p.numel() for p in model.parameters()) / 1e6
+    rows: list[Row] = []
+    for batch in (1, 8):
+        engines = {"ar": engine(model, None)} | {k: engine(model, k) for k in (1, 2, 4, 8, 16)}
+        times: dict[Any, list[Times]] = {name: [] for name in engines}
+        for _ in range(rounds):
+            for name, one in engines.items():
+                times[name].append(measured(one, batch, new_tokens))
+        ar = [t.decode for t in times["ar"]]
+        detail = f"{parameters:.0f}M, S={S}, {new_tokens} new tokens, fp32, {rounds} rounds"
+        rows += [
+            ratio_row(
+                f"tokens/s, block at k={k} over AR, B={batch}",
+                ar,
+                [t.decode for t in times[k]],
+                detail,
+            )
+            for k in (1, 2, 4, 8, 16)
+        ]
+        for name, label in (("ar", "AR"), (4, "block at k=4")):
+            part = times[name]
+            rows.append(
+                ratio_row(
+                    f"event log's share of decoding, {label}, B={batch}",
+                    [t.log for t in part],
+                    [t.decode for t in part],
+                    "goal at most 0.03 of decode time",
+                )
+            )
+            rows.append(
+                ratio_row(
+                    f"decoding over replaying its log, {label}, B={batch}",
+                    [t.decode for t in part],
+                    [t.replay for t in part],
+                    "goal at least 100",
+                )
+            )
+    return rows
+
+
+def engine(model: Transformer, k: int | None) -> Engine:
+    """AR for None, else blocks of S with k tokens a step."""
+    extent = FixedExtent(length=1 if k is None else S)
+    return Engine(
+        model,
+        strategy=Ar() if k is None else Forced(k),
+        extent=build(extent, room="abf.decode.extent"),
+        sampler=SamplerConfig(),
+        shift=True,
+        seed=0,
+    )
+
+
+def measured(one: Engine, batch: int, new_tokens: int) -> Times:
+    """One decode, logged to disk, and the replay of its log; checks that they agree."""
+    rng = np.random.default_rng(0)
+    prompts = [Prompt(i, str(i), rng.integers(1, 4000, size=PROMPT)) for i in range(batch)]
+    config = one.model.config
+    header = {"mask_id": config.vocab_size, "document_id": 0, "requests": batch}
+    with tempfile.TemporaryDirectory(prefix="bench-decode-") as folder:
+        path = Path(folder) / "trace.arrows"
+        with logging_seconds() as spent:
+            began = time.process_time()
+            with TraceWriter(path, {name: str(v) for name, v in header.items()}) as trace:
+                samples = one.run(prompts, new_tokens=new_tokens, trace=trace)
+            decode = time.process_time() - began
+        began = time.process_time()
+        found = replay(path)
+        replayed = time.process_time() - began
+    assert found == {s.request: s.token_ids.tolist() for s in samples}
+    assert all(len(s.token_ids) == new_tokens for s in samples)
+    return Times(decode, spent[0], replayed)
+
+
+@contextmanager
+def logging_seconds() -> Iterator[list[float]]:
+    """CPU seconds spent on making, hashing and writing events inside the block."""
+    spent = [0.0]
+
+    def timed(function: Any) -> Any:
+        def call(*args: Any, **more: Any) -> Any:
+            began = time.process_time()
+            try:
+                return function(*args, **more)
+            finally:
+                spent[0] += time.process_time() - began
+
+        return call
+
+    with (
+        patch.object(request, "blank", timed(request.blank)),
+        patch.object(RequestState, "_log", timed(RequestState._log)),
+        patch.object(TraceWriter, "flush", timed(TraceWriter.flush)),
+    ):
+        yield spent

@@ -1,0 +1,105 @@
+"""The threshold rule and the extents on hand-made numbers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from abf.base import build
+from abf.decode.config import FixedExtent, LengthHeadExtent, ThresholdStrategy
+from abf.decode.view import BlockView, ExtentView
+
+
+def view(confidence: list[float | None]) -> BlockView:
+    """A block with these confidences; None is a committed slot. uids are 100, 101 ..."""
+    n = len(confidence)
+    values = np.array([np.nan if c is None else c for c in confidence], dtype=np.float32)
+    is_mask = ~np.isnan(values)
+    return BlockView(
+        request=0,
+        block=0,
+        step=0,
+        steps_left=9,
+        tokens_left=50,
+        mask_id=999,
+        document_id=0,
+        uids=100 + np.arange(n),
+        ids=np.where(is_mask, 999, 7),
+        is_mask=is_mask,
+        token=np.where(is_mask, 10 + np.arange(n), -1),
+        confidence=values,
+        entropy=values,
+        margin=values,
+        top_ids=np.full((n, 4), -1),
+        top_probs=np.full((n, 4), np.nan),
+        commit_step=np.where(is_mask, -1, 0),
+        commit_confidence=np.where(is_mask, np.nan, 1.0),
+    )
+
+
+def committed(threshold: float, confidence: list[float | None]) -> dict[int, int]:
+    strategy = build(ThresholdStrategy(threshold=threshold), room="abf.decode.strategy")
+    action = strategy.decide(view(confidence), None)
+    assert action.threshold == threshold
+    return dict(zip(action.commit.uids.tolist(), action.commit.tokens.tolist(), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("threshold", "confidence", "slots"),
+    [
+        (0.9, [0.95, 0.2, 0.91, 0.89], [0, 2]),
+        (0.5, [0.5, 0.499], [0]),
+        (0.9, [0.3, 0.6, 0.6], [1]),
+        (0.9, [None, 0.1, 0.95, None], [2]),
+        (0.9, [None, 0.1, 0.2, None], [2]),
+        (0.0, [0.0, 0.4, None], [0, 1]),
+        (1.0, [0.999, 1.0, 1.0], [1, 2]),
+        (1.0, [0.0, 0.0], [0]),
+    ],
+)
+def test_threshold_rule(threshold: float, confidence: list[float | None], slots: list[int]) -> None:
+    assert committed(threshold, confidence) == {100 + j: 10 + j for j in slots}
+
+
+@given(
+    threshold=st.floats(0, 1, width=32),
+    confidence=st.lists(st.one_of(st.none(), st.floats(0, 1, width=32)), min_size=1, max_size=20),
+)
+def test_threshold_rule_against_its_words(threshold: float, confidence: list[float | None]) -> None:
+    if all(c is None for c in confidence):
+        return
+    found = {uid - 100 for uid in committed(threshold, confidence)}
+    masks = {j: c for j, c in enumerate(confidence) if c is not None}
+    passing = {j for j, c in masks.items() if c >= threshold}
+    if passing:
+        assert found == passing
+    else:
+        assert found == {min(j for j, c in masks.items() if c == max(masks.values()))}
+
+
+def extent_view(probs: Any, uniform: float) -> ExtentView:
+    return ExtentView(
+        request=0, block=0, tokens_left=9, length_probs=np.array(probs), uniform=uniform
+    )
+
+
+def test_length_head_inverts_the_distribution() -> None:
+    policy = build(LengthHeadExtent(), room="abf.decode.extent")
+    probs = [0.0, 0.25, 0.5, 0.0, 0.25, 0.0]
+    uniforms = (np.arange(400) + 0.5) / 400
+    lengths = [policy.next_extent(extent_view(probs, u)).length for u in uniforms]
+    assert np.bincount(lengths, minlength=7).tolist() == [0, 0, 100, 200, 0, 100, 0]
+    assert policy.next_extent(extent_view([1.0, 0.0], 0.0)).length == 1
+    assert policy.next_extent(extent_view([0.1] * 9, 1 - 1e-16)).length == 9
+
+
+def test_length_head_mode_and_fixed() -> None:
+    mode = build(LengthHeadExtent(pick="mode"), room="abf.decode.extent")
+    assert mode.next_extent(extent_view([0.2, 0.5, 0.3], 0.99)).length == 2
+    fixed = build(FixedExtent(length=7), room="abf.decode.extent")
+    assert not fixed.needs_lengths
+    assert fixed.next_extent(extent_view([1.0], 0.5)).length == 7

@@ -1,0 +1,129 @@
+"""The decode stage on real text: prompts, samples, log, counts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from abf.artifacts import PIECES, SAMPLES, TOKENS, read_table
+from abf.data.tokenizer import load_tokenizer
+from abf.decode.config import (
+    ArStrategy,
+    DecoderConfig,
+    FixedExtent,
+    LengthHeadExtent,
+    SamplerConfig,
+    ThresholdStrategy,
+)
+from abf.decode.replay import replay
+from abf.decode.task import decode_task
+from abf.decode.trace import read_trace
+from abf.errors import ArtifactError, ConfigError
+from abf.eval.config import ContinuationTask
+from abf.files import sha256
+from abf.segment.config import FixedSegmenter
+from tests.eval.corpus import Corpus, build_corpus
+
+TASK = ContinuationTask(prompts=4, prompt_tokens=20, new_tokens=24)
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
+    return build_corpus(tmp_path_factory.mktemp("corpus"), segmenter=FixedSegmenter(length=5))
+
+
+def decoded(
+    corpus: Corpus, out: Path, decoder: DecoderConfig, task: ContinuationTask = TASK
+) -> dict[str, int | float | str]:
+    return decode_task(
+        task,
+        decoder,
+        shift=True,
+        seed=3,
+        model_dir=corpus.model,
+        packed=corpus.packed,
+        tokenizer=corpus.tokenizer / "tokenizer",
+        out=out,
+    )
+
+
+@pytest.mark.parametrize(
+    "decoder",
+    [
+        DecoderConfig(strategy=ArStrategy(), precision="fp32"),
+        DecoderConfig(
+            strategy=ThresholdStrategy(threshold=0.4),
+            extent=LengthHeadExtent(),
+            sampler=SamplerConfig(temperature=1.0),
+            precision="fp32",
+            batch_size=3,
+        ),
+    ],
+    ids=["ar", "threshold"],
+)
+def test_log_samples_and_counts_agree(
+    corpus: Corpus, tmp_path: Path, decoder: DecoderConfig
+) -> None:
+    counts = decoded(corpus, tmp_path, decoder)
+    samples = read_table(tmp_path / "samples.parquet", SAMPLES).to_pylist()
+    tokenizer = load_tokenizer(corpus.tokenizer / "tokenizer")
+    found = replay(tmp_path / "trace.arrows")
+    assert len(samples) == len(found) == counts["requests"] == 4
+    for sample in samples:
+        ids = found[sample["request"]]
+        assert ids == sample["token_ids"]
+        text = ids[:-1] if sample["finished"] else ids
+        assert tokenizer.decode(text) == sample["text"]
+        assert tokenizer.decode(sample["prompt_ids"]) == sample["prompt"]
+        assert sum(sample["block_length"]) == len(ids)
+    assert counts["tokens"] == sum(len(s["token_ids"]) for s in samples)
+    assert counts["nfe"] == sum(s["nfe"] for s in samples)
+    assert counts["positions"] == sum(s["positions"] for s in samples)
+    assert counts["tpf"] == pytest.approx(float(counts["tokens"]) / float(counts["nfe"]))
+    assert 0 < sum(s["wall_s"] for s in samples) <= float(counts["wall_s"])
+    assert isinstance(counts["energy_source"], str)
+    assert ("joules" in counts) == (not counts["energy_source"].startswith("not measured"))
+
+
+def test_prompts_are_the_first_long_enough_documents(corpus: Corpus, tmp_path: Path) -> None:
+    decoded(corpus, tmp_path, DecoderConfig(strategy=ArStrategy(), precision="fp32"))
+    samples = read_table(tmp_path / "samples.parquet", SAMPLES).to_pylist()
+    path = corpus.tokens / "tokens" / "heldout-00000.parquet"
+    documents = read_table(path, TOKENS).to_pylist()
+    wanted = [d for d in documents if len(d["token_ids"]) + 1 >= 20 + 8][:4]
+    assert [s["prompt_id"] for s in samples] == [d["doc_id"] for d in wanted]
+    assert [s["prompt_ids"] for s in samples] == [d["token_ids"][:20] for d in wanted]
+
+
+def test_the_header_says_what_ran(corpus: Corpus, tmp_path: Path) -> None:
+    decoded(corpus, tmp_path, DecoderConfig(strategy=ArStrategy(), precision="fp32"))
+    header, _, complete = read_trace(tmp_path / "trace.arrows")
+    assert complete
+    assert header["model_sha256"] == sha256(corpus.model / "model.safetensors")
+    assert header["seed"] == "3"
+    assert header["dtype"] == "fp32"
+    assert '"kind": "ar"' in header["decoder"]
+
+
+def test_too_few_documents(corpus: Corpus, tmp_path: Path) -> None:
+    table = read_table(corpus.packed / "packed" / "heldout.pieces.parquet", PIECES)
+    enough = sum(p["part"] == 0 and p["n_tokens"] >= 29 for p in table.to_pylist())
+    task = ContinuationTask(prompts=1000, prompt_tokens=20, new_tokens=8)
+    decoder = DecoderConfig(strategy=ArStrategy(), precision="fp32")
+    with pytest.raises(ConfigError, match=rf"prompts=1000: only {enough} held-out documents"):
+        decoded(corpus, tmp_path, decoder, task)
+
+
+def test_another_tokenizers_text_is_refused(corpus: Corpus, tmp_path: Path) -> None:
+    from abf.model.store import load_model, save_model
+    from abf.model.transformer import Transformer
+
+    config = load_model(corpus.model).config.model_copy(update={"vocab_size": 300})
+    save_model(Transformer(config), tmp_path / "model")
+    other = Corpus(corpus.packed, corpus.tokenizer, corpus.tokens, tmp_path / "model", corpus.base)
+    decoder = DecoderConfig(
+        strategy=ThresholdStrategy(), extent=FixedExtent(length=4), precision="fp32"
+    )
+    with pytest.raises(ArtifactError, match="packed with 320 token ids, the model has 300"):
+        decoded(other, tmp_path, decoder)

@@ -1,0 +1,76 @@
+"""Chunked head cross-entropy against torch's, values and gradients."""
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from abf.diffusion import head
+from abf.diffusion.head import head_nll
+
+R, d, V = 37, 11, 53
+
+
+def inputs(dtype: torch.dtype = torch.float64):
+    generator = torch.Generator().manual_seed(0)
+    states = torch.randn(R, d, dtype=dtype, generator=generator)
+    matrix = torch.randn(V, d, dtype=dtype, generator=generator)
+    target = torch.randint(V, (R,), generator=generator)
+    weight = torch.rand(R, dtype=torch.float64, generator=generator) * 3
+    return states.requires_grad_(), matrix.requires_grad_(), target, weight
+
+
+@pytest.mark.parametrize("chunk", [1 << 25, 5 * V, 1])
+@pytest.mark.parametrize("weighted", [True, False])
+def test_equals_cross_entropy(monkeypatch, chunk, weighted):
+    monkeypatch.setattr(head, "CHUNK", chunk)
+    states, matrix, target, weight = inputs()
+    plain = F.cross_entropy(states @ matrix.T, target, reduction="none")
+    plain = plain * weight if weighted else plain
+    (3 * plain.sum()).backward()
+    wanted = states.grad, matrix.grad
+    states.grad = matrix.grad = None
+    total, nll = head_nll(states, matrix, target, weight if weighted else None)
+    (3 * total).backward()
+    torch.testing.assert_close(nll, plain.detach())
+    torch.testing.assert_close(total, plain.sum())
+    torch.testing.assert_close((states.grad, matrix.grad), wanted)
+    assert not nll.requires_grad
+
+
+def test_without_gradients_gives_the_same_values():
+    states, matrix, target, weight = inputs()
+    total, nll = head_nll(states, matrix, target, weight)
+    with torch.no_grad():
+        quiet = head_nll(states, matrix, target, weight)
+    assert torch.equal(quiet[0], total.detach())
+    assert torch.equal(quiet[1], nll)
+
+
+def test_no_rows_cost_nothing():
+    states, matrix, target, weight = inputs()
+    total, nll = head_nll(states[:0], matrix, target[:0], weight[:0])
+    total.backward()
+    assert total.item() == 0
+    assert len(nll) == 0
+    assert matrix.grad is not None
+    assert not matrix.grad.any()
+
+
+def test_autocast_multiplies_in_bfloat16_and_sums_in_float32():
+    states, matrix, target, weight = inputs(torch.float32)
+    exact, _ = head_nll(states, matrix, target, weight)
+    exact.backward()
+    grads = states.grad, matrix.grad
+    states.grad = matrix.grad = None
+    with torch.autocast("cpu", torch.bfloat16):
+        total, nll = head_nll(states, matrix, target, weight)
+    total.backward()
+    logits = (states.detach().bfloat16() @ matrix.detach().bfloat16().T).float()
+    same = F.cross_entropy(logits, target, reduction="none") * weight
+    torch.testing.assert_close(nll, same.float())
+    assert nll.dtype == torch.float32
+    torch.testing.assert_close(total, exact, rtol=2e-2, atol=0)
+    for found, wanted in zip((states.grad, matrix.grad), grads, strict=True):
+        assert found is not None
+        assert wanted is not None
+        assert (found - wanted).norm() < 2e-2 * wanted.norm()

@@ -1,0 +1,128 @@
+"""Two gloo ranks against one: the same sums, gradients and curves, and they stop together."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.multiprocessing.spawn import start_processes
+
+from abf.errors import ConfigError, Interrupted
+from abf.train import checkpoint
+from abf.train.parallel import world
+from abf.train.step import StepResult, Trainer
+from tests.train import tiny_run
+from tests.train.equality import curve, events
+from tests.train.tiny_run import new_model, tiny_config, tiny_train, write_rows
+
+SETTINGS: list[dict[str, Any]] = [
+    {},
+    {"objective": {"kind": "ar"}},
+    {"batch_rows": 3},  # one rank has two rows, the other one
+    {"batch_rows": 5, "micro_rows": 2},
+]
+
+
+def join(rank: int, directory: Path) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{directory / 'meeting'}", rank=rank, world_size=2
+    )
+
+
+def write_gradients(rank: int, directory: Path) -> None:
+    join(rank, directory)
+    with world() as ranks:
+        for number, changes in enumerate(SETTINGS):
+            trainer = Trainer(
+                tiny_config(**changes),
+                seed=0,
+                model=new_model(),
+                packed=directory / "train.arrow",
+                world=ranks,
+            )
+            found = trainer.gradients(1)
+            file = directory / f"{number}.{rank}.pt"
+            torch.save({"found": found, "gradients": trainer.optimiser.gradients}, file)
+    dist.destroy_process_group()
+
+
+def test_two_ranks_have_the_gradients_of_one(tmp_path: Path) -> None:
+    packed = write_rows(tmp_path)
+    start_processes(write_gradients, (tmp_path,), nprocs=2, start_method="spawn")
+    for number, changes in enumerate(SETTINGS):
+        one = Trainer(tiny_config(**changes), seed=0, model=new_model(), packed=packed)
+        sums, counts, masked = one.gradients(1)
+        first, second = (torch.load(tmp_path / f"{number}.{rank}.pt") for rank in (0, 1))
+        assert first["found"] == second["found"]
+        assert torch.equal(first["gradients"], second["gradients"])
+        assert first["found"][0] == pytest.approx(sums, rel=1e-6)
+        assert first["found"][1:] == (counts, masked)
+        torch.testing.assert_close(
+            first["gradients"], one.optimiser.gradients, rtol=1e-4, atol=1e-6
+        )
+
+
+def stop_one_rank(rank: int, directory: Path) -> None:
+    join(rank, directory)
+    real = Trainer.step
+
+    def with_signal(self: Trainer, number: int) -> StepResult:
+        if rank == 1 and number == 4:
+            os.kill(os.getpid(), signal.SIGUSR1)
+        return real(self, number)
+
+    Trainer.step = with_signal  # this process ends with the function
+    try:
+        tiny_train(directory)
+    except Interrupted as error:
+        (directory / f"told.{rank}").write_text(str(error))
+    dist.destroy_process_group()
+
+
+def test_a_signal_to_one_rank_stops_all(tmp_path: Path) -> None:
+    write_rows(tmp_path)
+    start_processes(stop_one_rank, (tmp_path,), nprocs=2, start_method="spawn")
+    assert "a signal to another rank after step 5" in (tmp_path / "told.0").read_text()
+    assert "SIGUSR1 after step 5" in (tmp_path / "told.1").read_text()
+    found, _ = checkpoint.latest(tmp_path)
+    assert found is not None
+    assert found.step == 5
+
+
+def test_torchrun_follows_the_curve_of_one_process(
+    tmp_path: Path, whole_run: tuple[Path, Any]
+) -> None:
+    write_rows(tmp_path)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    done = subprocess.run(
+        [*launch, tiny_run.__file__, str(tmp_path), json.dumps({})],
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    expected = curve(whole_run[0])
+    found = curve(tmp_path)
+    assert [at for at, _, _ in found] == [at for at, _, _ in expected]
+    for (_, tokens, values), (_, known, reference) in zip(found, expected, strict=True):
+        assert tokens == known
+        assert values == pytest.approx(reference, rel=1e-5, abs=1e-6)
+    assert events(tmp_path) == ["start", *["checkpoint"] * 4, "finished"]
+
+
+def test_an_incomplete_environment_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("MASTER_PORT", "1")
+    for name in ("RANK", "MASTER_ADDR"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(ConfigError, match="RANK, MASTER_ADDR is not set"), world():
+        pass
