@@ -168,7 +168,13 @@ def base(job: Job, run: StageRun) -> dict[str, Any]:
         label=f"base {job.directory.name}",
     )
     save_hf(result.model, run.staging / "base")
-    return {"steps": result.steps, "tokens": result.tokens, "train_s": result.seconds}
+    parameters = sum(p.numel() for p in result.model.parameters())
+    return {
+        "parameters": parameters,
+        "steps": result.steps,
+        "tokens": result.tokens,
+        "train_s": result.seconds,
+    }
 
 
 def convert(job: Job, run: StageRun) -> dict[str, Any]:

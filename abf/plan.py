@@ -82,7 +82,7 @@ class Plan:
         everything: Inputs = {"ledger": self.ledger}
         report = which | {"report": _dump(study.cells[0].config.report)}
         self.report = self._add("report", study.name, report, everything, keyed=False)
-        self.mlflow = self._add("mlflow", study.name, which, everything, keyed=False)
+        self.mlflow = self._add("mlflow", study.name, which, {"report": self.report}, keyed=False)
 
     def _add(
         self,

@@ -25,7 +25,7 @@ from abf.report.inputs import ReportCell, ReportPlan, SourceNote
 from abf.stage import git_sha
 from abf.stages import MANIFEST
 from abf.track.mlflow_records import Cell, DatasetRef, IngestPlan
-from abf.track.mlflow_store import ingest
+from abf.track.mlflow_store import ingest, runs_page
 from abf.track.outcomes import attempt_outcomes
 
 PlanDocument = Mapping[str, Any]
@@ -121,7 +121,8 @@ def ingest_study(plan: PlanDocument, results: Path) -> dict[str, Any]:
     folder = results / "mlflow"
     uri = os.environ.get("MLFLOW_TRACKING_URI") or _own_store(folder)
     cells = [_cell(cell, results) for cell in plan["cells"]]
-    grid = IngestPlan(plan["study"], plan["grid"], cells)
+    figures = sorted((results / "report" / plan["study"] / "figures").glob("*.svg"))
+    grid = IngestPlan(plan["study"], Path(plan["grid"]).stem, cells, figures)
     return ingest(grid, tracking_uri=uri, artifact_root=folder / "artifacts")
 
 
@@ -136,7 +137,7 @@ def report_plan(
     facts = {
         "grid": str(plan["grid"]),
         "packed rows (train, held-out)": _counts(packed, "rows"),
-        "base model": f"{first['base']}, {base['counts'].get('parameters', 'unknown')} parameters",
+        "base model": f"{first['base']}, {base['counts']['parameters']:,} parameters",
         "platform": f"{platform.machine()}, {os.cpu_count()} cores, "
         f"torch {packed['versions']['torch']}, python {packed['versions']['python']}",
     }
@@ -174,10 +175,10 @@ def _source(directory: Path) -> SourceNote:
     source = json.loads((directory / "config.json").read_text(encoding="utf-8"))["config"]["source"]
     counts = read_manifest(directory)["counts"]
     return SourceNote(
-        name=directory.name,
+        name=str(counts.get("source", directory.name)),
         licence=source["licence"],
         attribution=source["attribution"],
-        documents=counts.get("documents"),
+        documents=counts["n_documents"],
     )
 
 
@@ -190,8 +191,11 @@ def serve_ui(results: Path, port: int) -> None:
     plans = sorted((results / "plan").glob("*.json"))
     if not plans:
         raise ConfigError(f"{results} holds no study yet; run `make demo` first")
+    pages = {}
     for path in plans:
-        print(f"ingest {path.stem}: {ingest_study(read_plan(path), results)}", flush=True)
+        counts = ingest_study(read_plan(path), results)
+        print(f"ingest {path.stem}: {counts}", flush=True)
+        pages[path.stem] = runs_page(counts["experiment"])
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -208,7 +212,9 @@ def serve_ui(results: Path, port: int) -> None:
     ]
     # The job runner is a third process of 240 MB that nothing here uses.
     environment = os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
-    print(f"MLflow UI: http://127.0.0.1:{port} (Ctrl-C ends it)", flush=True)
+    for study, page in pages.items():
+        print(f"MLflow UI, study {study}: http://127.0.0.1:{port}{page}", flush=True)
+    print("Ctrl-C ends it", flush=True)
     server = subprocess.Popen(command, env=environment)
     # TERM must end the server too, or it would outlive us and keep the port.
     signal.signal(signal.SIGTERM, lambda *_: server.terminate())

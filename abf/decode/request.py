@@ -186,6 +186,7 @@ class RequestState:
         self.finished = delivered[-1] == self.document_id
         self.tokens += delivered
         self.tokens_left -= block.live
+        assert self.tokens_left >= 0, "more was delivered than asked for"
         self.block_length.append(block.live)
         self.dropped += len(block.ids) - block.live
         self.forced_blocks += block.forced

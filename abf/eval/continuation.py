@@ -33,6 +33,8 @@ BATCH_ROWS = 8
 """Generations judged side by side."""
 BACKEND = "tiles"
 
+ONE_CLOCK = "wall-clock of one decode; the interval is over documents, not over repeats"
+
 Column = NDArray[np.float64]
 """[R] a number for every request."""
 
@@ -54,8 +56,10 @@ class Continuation:
         tokens = column(len(sample["token_ids"]) for sample in samples)
         ones = np.ones(len(samples))
 
-        def ratio(metric: str, unit: str, numerator: Column, denominator: Column) -> Ratio:
-            return Ratio(metric, unit, names, numerator, denominator)
+        def ratio(
+            metric: str, unit: str, numerator: Column, denominator: Column, note: str = ""
+        ) -> Ratio:
+            return Ratio(metric, unit, names, numerator, denominator, note)
 
         nfe, positions, finished, wall_s = (
             column(sample[name] for sample in samples)
@@ -65,7 +69,7 @@ class Continuation:
             ratio("tokens_per_forward", "tokens/forward", tokens, nfe),
             ratio("nfe", "forwards/request", nfe, ones),
             ratio("positions_per_token", "rows/token", positions, tokens),
-            ratio("tokens_per_second", "tokens/s", tokens, wall_s),
+            ratio("tokens_per_second", "tokens/s", tokens, wall_s, ONE_CLOCK),
             joules_per_token(decoded, int(tokens.sum())),
         ]
         flops = logged_flops(decoded, events, samples, subject.model)

@@ -132,7 +132,7 @@ def block_measures(
         for batch in held.batches(progress):
             epochs = np.zeros(len(batch.row), dtype=np.int64)
             # A seed a draw: draws of one seed are spread evenly, and their spread tells no error.
-            noised = corruption.apply(batch, seed=NOISE_SEED, epochs=epochs)
+            noised = corruption.apply(batch, seed=NOISE_SEED + draw, epochs=epochs)
             charges = block_charges(
                 model,
                 batch,

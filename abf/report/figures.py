@@ -145,18 +145,29 @@ def parallelism_figure(
             )
             for x_mean, y_mean, x, y in points:
                 marker = MARKERS[decoders.index(x.key.decoder) % len(MARKERS)]
+                seeds = sorted(x.values.keys() & y.values.keys())
                 axis.errorbar(
                     x_mean,
                     y_mean,
                     xerr=_arms_of_bar(x_mean, x.over_seeds or x.over_documents),
                     yerr=_arms_of_bar(y_mean, y.over_seeds or y.over_documents),
-                    fmt=marker,
-                    ms=6.5,
-                    color=paint[arm],
+                    fmt="none",
                     ecolor=paint[arm],
                     elinewidth=0.9,
-                    mew=0,
+                    alpha=0.45,
                 )
+                style = {"color": paint[arm], "marker": marker, "ls": "", "mew": 0}
+                axis.plot(
+                    [x.values[seed] for seed in seeds],
+                    [y.values[seed] for seed in seeds],
+                    ms=3,
+                    alpha=0.6,
+                    **style,
+                )
+                axis.plot([x_mean], [y_mean], ms=7, **style)
+        # With two or three seeds t intervals are so wide that they would squash everything else.
+        axis.set_xlim(*_span([x for x, _ in pairs]))
+        axis.set_ylim(*_span([y for _, y in pairs]))
         axis.set_xlabel("tokens per forward pass (more is faster)")
         axis.set_ylabel(
             "bits per byte of the generated text\nunder the base model (less is better)"
@@ -173,6 +184,14 @@ def parallelism_figure(
         axis.add_artist(first)
         axis.legend(handles=decoder_keys, title="decoder", bbox_to_anchor=(1.02, 0.5), **place)
         return _svg(figure)
+
+
+def _span(shown: Sequence[Estimate]) -> tuple[float, float]:
+    """Range that holds every single seed and every interval over documents."""
+    ends = [value for estimate in shown for value in estimate.values.values()]
+    ends += [end for estimate in shown for end in estimate.over_documents or ()]
+    margin = 0.06 * (max(ends) - min(ends)) or 0.1
+    return min(ends) - margin, max(ends) + margin
 
 
 def _arms_of_bar(mean: float, interval: Interval | None) -> NDArray[np.float64] | None:
@@ -204,18 +223,18 @@ def training_figure(
                 by_seed = by_arm.get(arm, {})
                 for tokens, values in by_seed.values():
                     axis.plot(tokens, values, color=paint[arm], lw=0.7, alpha=0.45)
+                    ends.append(values)
                 mean = _mean_curve(list(by_seed.values()))
                 if mean is not None:
                     axis.plot(*mean, color=paint[arm], lw=1.8, label=arm)
-                    ends.append(mean[1])
-            if ends:
-                _cut_the_start(axis, ends)
+            _cut_the_start(axis, ends)
             axis.set_title(title)
             axis.set_xlabel("clean tokens")
             axis.xaxis.set_major_formatter(plt.FuncFormatter(_short_number))
             axis.locator_params(axis="x", nbins=5)
         axes[0][0].set_ylabel("nats per token")
-        axes[0][-1].legend(loc="upper right")
+        handles = [plt.Line2D([], [], color=paint[arm], lw=1.8, label=arm) for arm in arms]
+        axes[0][-1].legend(handles=handles, loc="upper left", bbox_to_anchor=(1.0, 1.0))
         return _svg(figure)
 
 

@@ -191,7 +191,9 @@ def _table(
 
 def _column(metric: str, cells: Sequence[Estimate | None]) -> dict[str, str]:
     present = [cell for cell in cells if cell is not None]
-    notes = dict.fromkeys(note for cell in present for note in cell.notes)
+    notes = dict.fromkeys(
+        note.removeprefix(f"{text.NOT_MEASURED}: ") for cell in present for note in cell.notes
+    )
     return {
         **describe(metric, generated=any(e.key.decoder for e in present))._asdict(),
         "unit": present[0].unit if present else "",

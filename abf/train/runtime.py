@@ -24,7 +24,7 @@ LIMITS = ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA", "MKL_
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 """Parameters of glibc's mallopt(3)."""
 KEPT_BYTES = 1 << 30
-"""Freed blocks up to this size stay with the process."""
+"""Blocks up to this size come from the heap, which never shrinks."""
 
 
 def environment(*, precision: str, world_size: int) -> dict[str, str]:
@@ -83,7 +83,7 @@ def keep_freed_memory() -> None:
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):
         libc.mallopt(M_MMAP_THRESHOLD, KEPT_BYTES)
-        libc.mallopt(M_TRIM_THRESHOLD, KEPT_BYTES)
+        libc.mallopt(M_TRIM_THRESHOLD, -1)
 
 
 def _cpu_model() -> str:
