@@ -62,7 +62,8 @@ class Project:
             *(sys.executable, "-m", "snakemake", "-s", str(ROOT / "workflow" / "Snakefile")),
             *("-d", str(self.folder), *arguments),
             *(("--profile", str(ROOT / "profiles" / "local")) if profile else ()),
-            *("--config", f"study={self.folder / 'grid.yaml'}", f"results={self.results}"),
+            # Relative, as people type it; Snakemake's records of a copied folder then stay true.
+            *("--config", "study=grid.yaml", "results=results"),
         ]
 
     def run(self, *arguments: str) -> subprocess.CompletedProcess[str]:
