@@ -235,10 +235,11 @@ def _gradients(
         step.add(grad_v, torch.bmm(grad_t.mT, for_weights.operand(step, weights)))
 
         # As with the maximum: dP - delta cancels, so most of delta goes in before the rounding.
+        # The rest is taken from these very weights: `out` was rounded to q's dtype, and where one
+        # key holds nearly all weight (attention sinks) that error is larger than the gradient.
         delta = (grad_t.to(work.wide) * step.queries(out)).sum(-1, keepdim=True)
-        rounded = delta.to(q.dtype)
-        grads = for_grads.product(step, grad_t, vt, 1.0, start=-rounded)
-        grads.sub_(delta.sub_(rounded)).mul_(weights)
+        grads = for_grads.product(step, grad_t, vt, 1.0, start=-delta.to(q.dtype))
+        grads.sub_((weights * grads).sum(-1, keepdim=True)).mul_(weights)
         operand = for_grads.operand(step, grads)
         step.put(grad_q, torch.bmm(operand, kt).mul_(scale))
         step.add(grad_k, torch.bmm(qt.mT, operand))
