@@ -45,6 +45,8 @@ def start(project: Project) -> subprocess.Popen[str]:
         stderr=subprocess.STDOUT,
         text=True,
         start_new_session=True,
+        # A shell that starts us in the background has SIGINT ignored, and children inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
 
 
@@ -61,9 +63,9 @@ def forget(project: Project, *stages: str) -> None:
             os.utime(directory / "config.json", ns=(times.st_atime_ns, times.st_mtime_ns))
 
 
-def long_training(project: Project) -> Path:
+def long_training(project: Project, tokens: int) -> Path:
     """Leave one training to do, long enough to be caught in the act; its directory."""
-    run = RUN.replace("tokens: 5000", "tokens: 60000").replace("log_steps: 1", "log_steps: 5")
+    run = RUN.replace("tokens: 5000", f"tokens: {tokens}").replace("log_steps: 1", "log_steps: 5")
     write_study(
         project.folder,
         GRID.replace("  fixed: {segmenter: {kind: fixed, like: {kind: sentence}}}\n", ""),
@@ -146,7 +148,7 @@ def test_a_bumped_stage_version_reruns_it_and_what_follows(copy: Project) -> Non
 
 
 def test_a_killed_training_gives_the_same_curve(copy: Project, tmp_path: Path) -> None:
-    directory = long_training(copy)
+    directory = long_training(copy, 60_000)
     reference = tmp_path / "uninterrupted"
     shutil.copytree(copy.folder, reference)
     done = Project(reference).run()
@@ -169,7 +171,8 @@ def test_a_killed_training_gives_the_same_curve(copy: Project, tmp_path: Path) -
 
 
 def test_a_killed_driver_and_ctrl_c_lose_nothing(copy: Project) -> None:
-    directory = long_training(copy)
+    # Twice as long as it takes to start a driver: both signals must meet it at work.
+    directory = long_training(copy, 200_000)
     process = start(copy)
     wait_for(lambda: list(directory.glob("ckpt/step-*")), process)
     second = copy.run()
