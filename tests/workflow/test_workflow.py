@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import pyarrow.parquet as pq
 import pytest
 
@@ -186,6 +187,12 @@ def test_a_killed_driver_and_ctrl_c_lose_nothing(copy: Project) -> None:
 
     process = start(copy)
     wait_for(lambda: {p.name for p in directory.glob("ckpt/step-*")} - before, process)
+    # The logger hears the signal first, the order that once made the job fail on a broken pipe.
+    loggers = [p for p in psutil.Process(process.pid).children(recursive=True) if p.name() == "tee"]
+    assert loggers
+    for logger in loggers:
+        logger.send_signal(signal.SIGTERM)
+        logger.send_signal(signal.SIGINT)
     os.killpg(process.pid, signal.SIGINT)
     process.communicate()
     assert process.returncode != 0

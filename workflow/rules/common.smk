@@ -16,8 +16,11 @@ STUDY = config.get("study") or os.environ.get("ABF_STUDY", "config/grids/demo.ya
 RESULTS = Path(config.get("results") or os.environ.get("ABF_RESULTS", "results"))
 
 # Jobs use the interpreter that runs Snakemake, whether or not its environment is activated.
+# A signal to the whole group (Ctrl-C, a scheduler's SIGTERM) or a dead driver must not end the logger
+# before the job: the job would then fail on a broken pipe instead of saving its state.
 shell.prefix(
     f"set -euo pipefail; export PATH={shlex.quote(str(Path(sys.executable).parent))}:$PATH; "
+    "keep() {{ trap '' INT TERM; exec tee -p \"$1\"; }}; "
 )
 
 try:

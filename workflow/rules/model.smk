@@ -14,7 +14,7 @@ rule base:
     params:
         version=version("base"),
     shell:
-        "python -m abf.cli base {output.manifest} 2>&1 | tee {log}"
+        "python -m abf.cli base {output.manifest} 2>&1 | keep {log}"
 
 
 rule convert:
@@ -29,7 +29,7 @@ rule convert:
     params:
         version=version("convert"),
     shell:
-        "python -m abf.cli convert {output.manifest} 2>&1 | tee {log}"
+        "python -m abf.cli convert {output.manifest} 2>&1 | keep {log}"
 
 
 rule train:
@@ -46,4 +46,4 @@ rule train:
     params:
         version=version("train"),
     shell:
-        "python -m abf.cli train {output.manifest} 2>&1 | tee {log}"
+        "python -m abf.cli train {output.manifest} 2>&1 | keep {log}"
