@@ -233,13 +233,14 @@ def decode(job: Job, run: StageRun) -> dict[str, Any]:
 def score(job: Job, run: StageRun) -> dict[str, Any]:
     """Score one cell: likelihood on held-out text, and its generations."""
     from abf.decode.config import DecoderConfig
-    from abf.eval.config import Task
+    from abf.eval.config import ScoringConfig, Task
     from abf.eval.score import score
     from abf.train.config import Objective
 
     return score(
         job.setting("tasks", dict[str, Task]),
         job.setting("decoders", dict[str, DecoderConfig]),
+        job.setting("scoring", ScoringConfig),
         run=job.document["key"],
         arm=job.setting("arm"),
         seed=job.setting("seed"),
@@ -330,6 +331,6 @@ def run_stage(name: str, path: Path) -> None:
 
 def _cores(job: Job) -> int:
     config = job.document["config"]
-    places = (config, config.get("train", {}), config.get("decoder", {}))
+    places = [config, *(config.get(part, {}) for part in ("train", "decoder", "scoring"))]
     nested = config.get("base", {}).get("train", {})
     return max(part.get("threads", 1) for part in (*places, nested) if isinstance(part, dict))

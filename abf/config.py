@@ -29,7 +29,7 @@ from abf.decode.config import (
     ThresholdStrategy,
 )
 from abf.errors import ConfigError
-from abf.eval.config import ContinuationTask, LikelihoodTask, Task
+from abf.eval.config import ContinuationTask, LikelihoodTask, ScoringConfig, Task
 from abf.report.config import ReportConfig
 from abf.segment.config import Segmenter, SentenceSegmenter
 from abf.train.config import Base, PretrainedBase, TrainConfig
@@ -76,6 +76,8 @@ class RunConfig(ConfigModel):
     """Training of the converted model."""
     tasks: dict[Name, Task] = {"heldout": LikelihoodTask(), "continue": ContinuationTask()}
     """Evaluation protocols by name."""
+    scoring: ScoringConfig = ScoringConfig()
+    """How scores are computed."""
     decoders: dict[Name, DecoderConfig] = {
         "ar": DecoderConfig(strategy=ArStrategy()),
         "threshold_09": DecoderConfig(

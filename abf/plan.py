@@ -190,6 +190,7 @@ class Plan:
             {
                 "tasks": {name: _dump(task) for name, task in cfg.tasks.items()},
                 "decoders": {name: _dump(decoder) for name, decoder in cfg.decoders.items()},
+                "scoring": _dump(cfg.scoring),
                 "objective": objective,
                 "seed": cfg.seed,
                 "arm": cfg.arm,
@@ -202,7 +203,7 @@ class Plan:
                 "decodes": list(decodes.values()),
             },
             keyed=False,
-            threads=cfg.train.threads,
+            threads=cfg.scoring.threads,
         )
         return PlannedCell(cell, train.key, train, decodes, score, pack, base, tokenizer, sources)
 

@@ -110,6 +110,12 @@ def row_indices(step: int, *, batch_rows: int, n_rows: int, seed: int) -> tuple[
     return rows, epochs
 
 
+def spread(total: int, count: int) -> IntArray:
+    """`count` numbers in [0, total), rising and evenly spread; all of them if count is total."""
+    assert 0 <= count <= total
+    return np.arange(count, dtype=np.int64) * total // max(count, 1)
+
+
 @lru_cache(maxsize=2)
 def _order(seed: int, epoch: int, n_rows: int) -> IntArray:
     order = np.random.default_rng([seed, epoch]).permutation(n_rows)

@@ -16,7 +16,7 @@ import pyarrow as pa
 import torch
 
 from abf.artifacts import PIECES, SAMPLES, read_table, write_table
-from abf.data.loader import PackedRows
+from abf.data.loader import PackedRows, spread
 from abf.data.tokenizer import TextTokenizer, load_tokenizer
 from abf.decode.config import DecoderConfig
 from abf.decode.engine import decode
@@ -123,7 +123,7 @@ def decode_task(
 
 
 def held_out_prompts(task: PromptTask, packed: Path, model: Transformer) -> list[Prompt]:
-    """The first documents of the held-out split that are long enough, by their first tokens."""
+    """Held-out documents that are long enough, spread evenly, by their first tokens."""
     folder = packed / "packed"
     rows = PackedRows(folder / "heldout.arrow")
     if rows.vocab_size != model.config.vocab_size:
@@ -141,7 +141,8 @@ def held_out_prompts(task: PromptTask, packed: Path, model: Transformer) -> list
             "or hold out more text"
         )
     prompts = []
-    for request, piece in enumerate(found[: task.prompts]):
+    for request, index in enumerate(spread(len(found), task.prompts)):
+        piece = found[index]
         start = piece["start"] + 1
         ids = rows.rows([piece["row"]]).token_ids[0, start : start + task.prompt_tokens]
         prompts.append(Prompt(request, piece["doc_id"], ids))

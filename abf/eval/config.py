@@ -14,7 +14,7 @@ class LikelihoodTask(ConfigModel):
 
     kind: Literal["likelihood"] = "likelihood"
     max_rows: int | None = Field(default=None, ge=1)
-    """Score the first this many held-out rows; none scores all."""
+    """Score this many held-out rows, spread evenly over the split; none scores all."""
     samples: int = Field(default=4, ge=1)
     """Noise draws a block for the bound's Monte-Carlo estimate."""
     batch_rows: int = Field(default=8, ge=1)
@@ -26,11 +26,20 @@ class ContinuationTask(ConfigModel):
 
     kind: Literal["continuation"] = "continuation"
     prompts: int = Field(default=16, ge=1)
-    """Held-out documents used, in split order."""
+    """Held-out documents used, spread evenly over those that are long enough."""
     prompt_tokens: int = Field(default=32, ge=1)
     """Tokens of the document shown."""
     new_tokens: int = Field(default=64, ge=1)
     """Tokens to generate."""
+
+
+class ScoringConfig(ConfigModel):
+    """How the scoring models are run."""
+
+    precision: Literal["auto", "fp32", "bf16"] = "fp32"
+    """fp32 judges models trained in different precisions alike."""
+    threads: int = Field(default=1, ge=1)
+    """CPU threads."""
 
 
 Task = Annotated[LikelihoodTask | ContinuationTask, Field(discriminator="kind")]

@@ -42,7 +42,7 @@ Column = NDArray[np.float64]
 class Continuation:
     """See the module."""
 
-    version = 1
+    version = 2
 
     def __init__(self, cfg: ContinuationTask) -> None:
         self.cfg = cfg

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from abf.artifacts import PIECES, read_table
-from abf.data.loader import PackedBatch, PackedRows
+from abf.data.loader import PackedBatch, PackedRows, spread
 from abf.diffusion.corrupt.base import build_corruption
 from abf.diffusion.layout import block_starts, predicted
 from abf.diffusion.loss import ar_charges, block_charges, scatter
@@ -43,8 +43,10 @@ class HeldOut:
         self._batch_rows = batch_rows
         self.count = min(len(self._rows), max_rows or len(self._rows))
         """Rows."""
+        # The split keeps the order of the sources: its first rows would be of one kind of text.
+        self._scored = spread(len(self._rows), self.count)
         pieces = read_table(folder / "heldout.pieces.parquet", PIECES)
-        scored = pieces["row"].to_numpy() < self.count
+        scored = np.isin(pieces["row"].to_numpy(), self._scored)
         names, owner = np.unique(
             np.array(pieces["doc_id"].to_pylist())[scored], return_inverse=True
         )
@@ -57,9 +59,9 @@ class HeldOut:
         np.add.at(self.n_bytes, owner, n_bytes)
 
     def batches(self, progress: Progress) -> Iterator[PackedBatch]:
-        """All rows, in order."""
+        """All scored rows, in order."""
         for start in range(0, self.count, self._batch_rows):
-            batch = self._rows.rows(np.arange(start, min(start + self._batch_rows, self.count)))
+            batch = self._rows.rows(self._scored[start : start + self._batch_rows])
             yield batch
             progress.update(len(batch.row))
 
@@ -83,7 +85,7 @@ class HeldOut:
 class Likelihood:
     """See the module."""
 
-    version = 1
+    version = 2
 
     def __init__(self, cfg: LikelihoodTask) -> None:
         self.cfg = cfg

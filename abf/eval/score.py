@@ -17,7 +17,7 @@ from abf.base import build
 from abf.decode.config import DecoderConfig
 from abf.eval.base import Measure, Ratio, Subject
 from abf.eval.base import Task as Scorer
-from abf.eval.config import GENERATIVE_KINDS, Task
+from abf.eval.config import GENERATIVE_KINDS, ScoringConfig, Task
 from abf.eval.intervals import bootstrap_ratio
 from abf.train.config import Objective
 
@@ -25,6 +25,7 @@ from abf.train.config import Objective
 def score(
     tasks: Mapping[str, Task],
     decoders: Mapping[str, DecoderConfig],
+    scoring: ScoringConfig,
     *,
     run: str,
     arm: str,
@@ -36,8 +37,6 @@ def score(
     decodes: Mapping[str, Path],
     tokenizer: Path,
     out: Path,
-    precision: str = "fp32",
-    threads: int = 1,
     label: str = "score",
 ) -> dict[str, int | float | str]:
     """Score one run.
@@ -45,6 +44,7 @@ def score(
     Args:
         tasks: protocols by name.
         decoders: ways of generating by name; every generative task was decoded with each.
+        scoring: threads and precision, the latter resolved.
         run, arm, seed: names of the run, for the rows.
         objective: what the model was trained for; an AR model has no block rows.
         model_dir: ABF model directory.
@@ -53,21 +53,19 @@ def score(
         decodes: stage directories of `decode` by `{task}.{decoder}`.
         tokenizer: folder with tokenizer.json.
         out: staging directory.
-        precision: `fp32` or `bf16`, resolved.
-        threads: CPU threads.
         label: name on the progress line.
 
     Returns:
         Counts for the manifest.
     """
-    torch.set_num_threads(threads)
+    torch.set_num_threads(scoring.threads)
     subject = Subject(
         model_dir=model_dir,
         base_dir=base_dir,
         packed=packed,
         tokenizer=tokenizer,
         objective=objective,
-        precision=precision,
+        precision=scoring.precision,
         label=label,
     )
     rows: list[dict[str, Any]] = []

@@ -174,6 +174,10 @@ def test_some_rows_and_any_batch(corpus: Corpus, block_figures: dict[str, Measur
     everything = block_figures["ar_bits_per_byte"]
     assert isinstance(few, Ratio)
     assert isinstance(everything, Ratio)
+    folder = corpus.packed / "packed"
+    middle = len(PackedRows(folder / "heldout.arrow")) // 2
+    pieces = read_table(folder / "heldout.pieces.parquet", PIECES).to_pylist()
+    assert set(few.documents) == {p["doc_id"] for p in pieces if p["row"] in (0, middle)}
     assert 0 < len(few.documents) < len(everything.documents)
     assert few.denominator.sum() < everything.denominator.sum()
 

@@ -10,7 +10,7 @@ import pytest
 from abf.artifacts import DOCUMENT_SCORES, SCORES, read_table
 from abf.base import build
 from abf.config import members
-from abf.eval.config import GENERATIVE_KINDS, ContinuationTask, LikelihoodTask, Task
+from abf.eval.config import GENERATIVE_KINDS, ContinuationTask, LikelihoodTask, ScoringConfig, Task
 from abf.eval.score import score
 from abf.train.config import ArObjective, BlockObjective, Objective
 from tests.eval.corpus import Corpus
@@ -25,6 +25,7 @@ def scored(
     counts = score(
         TASKS,
         {"threshold": DECODER, "again": DECODER},
+        ScoringConfig(),
         run="run-1",
         arm="fixed",
         seed=2,
@@ -57,7 +58,7 @@ def test_every_figure_follows_from_its_parts(
     assert len(keys) == len(set(keys))
     for row in rows:
         assert (row["run"], row["arm"], row["seed"], row["task_version"]) == (
-            "run-1", "fixed", 2, 1
+            "run-1", "fixed", 2, 2
         )  # fmt: skip
         mine = [p for p in parts if all(p[n] == row[n] for n in ("task", "decoder", "metric"))]
         if row["interval"] == "none":
