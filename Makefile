@@ -5,6 +5,8 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet install -c envs/constraints.txt
 CONFIG_HOME := $(or $(XDG_CONFIG_HOME),$(HOME)/.config)
 STUDY ?= config/grids/demo.yaml
+# 0 takes a free one.
+PORT ?= 5000
 SOURCES := abf kernels benchmarks tests
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export PYTHONDONTWRITEBYTECODE :=
@@ -13,7 +15,7 @@ export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 export MLFLOW_DISABLE_TELEMETRY := true
 
-.PHONY: help demo test check ui bench setup clean format reference
+.PHONY: help demo test check ui bench setup clean format reference slurm-box slurm-box-down
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -62,14 +64,20 @@ format: $(VENV)/dev.stamp  ## format code and workflow
 reference: $(VENV)/cpu.stamp  ## rewrite config/config.yaml and config/schema.json
 	@abf config --write config
 
-ui: $(VENV)/cpu.stamp  ## the MLflow UI on 127.0.0.1, filled from what is on disk
-	@abf ui
+ui: $(VENV)/cpu.stamp  ## the MLflow UI on 127.0.0.1:PORT, filled from what is on disk
+	@abf ui --port $(PORT)
 
 bench: $(VENV)/cpu.stamp  ## benchmarks: ratios measured side by side, to benchmarks/results/
 	@python -m benchmarks
 
 setup: $(VENV)/cpu.stamp  ## environment, and the Snakemake profile name `leonardo`
 	@abf link-profile leonardo --config-home "$(CONFIG_HOME)"
+
+slurm-box: $(VENV)/dev.stamp  ## a Slurm cluster on this machine (Debian, root)
+	@tests/slurm/install.sh && python -m tests.slurm.box up
+
+slurm-box-down: $(VENV)/dev.stamp  ## end it and delete its state
+	@python -m tests.slurm.box down
 
 clean:  ## caches and logs; results/ is never touched
 	rm -rf .snakemake logs build .pytest_cache .ruff_cache .hypothesis *.egg-info

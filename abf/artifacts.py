@@ -229,7 +229,7 @@ def read_manifest(directory: Path, stage: str | None = None) -> dict[str, Any]:
 
     Raises:
         ArtifactError: there is none, it is not JSON, another stage wrote it, or a listed file is
-            missing or has another size.
+            missing, has another size, or another content.
     """
     directory = stage_dir(directory)
     path = directory / MANIFEST
@@ -238,7 +238,9 @@ def read_manifest(directory: Path, stage: str | None = None) -> dict[str, Any]:
     except FileNotFoundError:
         raise ArtifactError(f"{directory} is unfinished: it has no {MANIFEST}") from None
     except ValueError as error:
-        raise ArtifactError(f"{path} is not JSON: {error}") from error
+        raise ArtifactError(
+            f"{path} is not JSON ({error}): delete {directory} and run the same command again"
+        ) from error
     if stage is not None and manifest.get("stage") != stage:
         raise ArtifactError(f"{path} was written by {manifest.get('stage')!r}, not by {stage!r}")
     for name, entry in manifest["files"].items():
@@ -248,7 +250,13 @@ def read_manifest(directory: Path, stage: str | None = None) -> dict[str, Any]:
             found = "is missing" if size is None else f"has {size} bytes"
             raise ArtifactError(
                 f"{file} {found}, its manifest says {entry['bytes']} bytes; "
-                f"delete {directory / MANIFEST} and run the same command again"
+                f"delete {directory} and run the same command again"
+            )
+        # Hashing a file that nobody wrote to since would cost a read of all data at every stage.
+        if file.stat().st_mtime_ns != entry.get("mtime_ns") and sha256(file) != entry["sha256"]:
+            raise ArtifactError(
+                f"{file} was changed after it was written: its hash is not its manifest's; delete "
+                f"{directory} and run the same command again"
             )
     return manifest
 
@@ -279,7 +287,7 @@ def write_table(path: Path, table: pa.Table, schema: pa.Schema) -> None:
 
 
 def file_entries(directory: Path, names: tuple[str, ...]) -> dict[str, dict[str, Any]]:
-    """Size and hash of every file of the payload, by path relative to the stage directory."""
+    """Size, time and hash of every file of the payload, by path below the stage directory."""
     found: dict[str, dict[str, Any]] = {}
     for name in names:
         root = directory / name
@@ -287,8 +295,11 @@ def file_entries(directory: Path, names: tuple[str, ...]) -> dict[str, dict[str,
         for file in files:
             if file.name == ".snakemake_timestamp":
                 continue
-            entry = {"bytes": file.stat().st_size, "sha256": sha256(file)}
-            found[file.relative_to(directory).as_posix()] = entry
+            found[file.relative_to(directory).as_posix()] = {
+                "bytes": file.stat().st_size,
+                "mtime_ns": file.stat().st_mtime_ns,
+                "sha256": sha256(file),
+            }
     return found
 
 

@@ -1,4 +1,4 @@
-"""Two things every room shares: the strict config model, and building a variant from its config.
+"""What every room shares: the strict config model, and building a variant from its config.
 
 A variant (segmenter, corruption, strategy, task ...) is one file named after its `kind`, with its
 config class in the room's torch-free `config.py`. There is no registry: the file name is it.
@@ -7,13 +7,19 @@ config class in the room's torch-free `config.py`. There is no registry: the fil
 from __future__ import annotations
 
 import importlib
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
+
+SEEDS = 2**31
+Seed = Annotated[int, Field(ge=0, lt=SEEDS)]
+"""Seed of random numbers; tables hold it as int32."""
+Threads = Annotated[int, Field(ge=1, le=256)]
+"""CPU threads of one job; the largest nodes have this many cores."""
 
 
 class ConfigModel(BaseModel):
-    """Immutable settings; a misspelt key is an error, and strings are never turned into numbers."""
+    """Immutable settings; a misspelt key is an error. `abf.config.validate` reads them strictly."""
 
     model_config = ConfigDict(
         frozen=True,

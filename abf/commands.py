@@ -9,11 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pydantic import TypeAdapter
+from pydantic import TypeAdapter, ValidationError
 
-from abf.base import ConfigModel
+from abf.base import SEEDS
 from abf.errors import ArtifactError
-from abf.stage import StageRun, stage
+from abf.files import lock
+from abf.stage import StageRun, declare, is_finished, stage
 from abf.stages import stage_dir
 
 
@@ -56,9 +57,13 @@ class Job:
         value = self.document["config"][name]
         if kind is None:
             return value
-        if isinstance(kind, type) and issubclass(kind, ConfigModel):
-            return kind.model_validate(value)
-        return TypeAdapter(kind).validate_python(value)
+        try:
+            return TypeAdapter(kind).validate_python(value)
+        except ValidationError as error:
+            raise ArtifactError(
+                f"{self.directory / 'config.json'}: {name} is not what the planner writes "
+                f"({error.errors()[0]['msg']}); delete the file and plan again"
+            ) from None
 
     def inputs(self, name: str) -> list[Path]:
         """Input stage directories of that name."""
@@ -121,6 +126,7 @@ def segment(job: Job, run: StageRun) -> dict[str, Any]:
         job.input("tokens"),
         run.staging,
         reference,
+        job.document["config"].get("max_block"),
     )
 
 
@@ -161,12 +167,15 @@ def base(job: Job, run: StageRun) -> dict[str, Any]:
     )
     result = train(
         cfg.train,
-        seed=cfg.seed,
+        # Arms have seeds below this: none of them begins with the rows that its base began with.
+        seed=cfg.seed + SEEDS,
         model=model,
         packed=rows,
         run_dir=run.directory,
         label=f"base {job.directory.name}",
     )
+    if not result.first:
+        return {}
     save_hf(result.model, run.staging / "base")
     parameters = sum(p.numel() for p in result.model.parameters())
     return {
@@ -202,6 +211,8 @@ def train(job: Job, run: StageRun) -> dict[str, Any]:
         run_dir=run.directory,
         label=f"train {job.directory.name}",
     )
+    if not result.first:
+        return {}
     save_model(result.model, run.staging / "model")
     metrics = metrics_table(run.directory / "journal.jsonl")
     write_table(run.staging / "metrics.parquet", metrics, METRICS)
@@ -248,7 +259,7 @@ def score(job: Job, run: StageRun) -> dict[str, Any]:
         model_dir=job.input("train") / "model",
         base_dir=job.input("base") / "base",
         packed=job.input("packed"),
-        decodes={path.name: path for path in job.inputs("decodes")},
+        decodes={path.name.rpartition("-")[0]: path for path in job.inputs("decodes")},
         tokenizer=job.input("tokenizer") / "tokenizer",
         out=run.staging,
         label=f"score {job.document['key']}",
@@ -320,13 +331,31 @@ def _plan_of(job: Job) -> Mapping[str, Any]:
     return read_plan(job.results / "plan" / job.setting("plan"))
 
 
-def run_stage(name: str, path: Path) -> None:
-    """Run one stage directory to its manifest."""
+def run_stage(name: str, path: Path, *, declared: bool = True) -> None:
+    """Run one stage directory to its manifest; finished work is only declared again.
+
+    Args:
+        declared: give the manifest its declared name (see `abf.stage.stage`).
+    """
     job = Job.open(name, path)
-    cores = _cores(job)
-    config = job.directory / "config.json"
-    with stage(name, job.directory, inputs=job.all_inputs(), config=config, cores=cores) as run:
+    directory, inputs = job.directory, job.all_inputs()
+    config = directory / "config.json"
+    with lock(directory, f"abf {name}"):
+        if is_finished(name, directory, inputs=inputs, config=config):
+            if declared:
+                print(f"{directory} was finished before, from these very inputs: declared again")
+                declare(directory)
+            return
+    with stage(
+        name, directory, inputs=inputs, config=config, cores=_cores(job), declared=declared
+    ) as run:
         run.counts = STAGE_COMMANDS[name](job, run)
+
+
+def follow_stage(name: str, path: Path) -> None:
+    """Take part in a distributed stage as another rank than the first, which writes everything."""
+    job = Job.open(name, path)
+    STAGE_COMMANDS[name](job, StageRun(job.directory))
 
 
 def _cores(job: Job) -> int:

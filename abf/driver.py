@@ -1,11 +1,28 @@
-"""One driver at a time on a results folder; the second is told who holds it."""
+"""The driver, Snakemake's process: one at a time on a results folder, and what a dead one left.
+
+On a cluster a killed driver's jobs run on. They are recognised by folder, name and the rule and key
+in their comment, and waited for before anything is submitted; what they finish is then only
+declared (`abf.stage.is_finished`), so no job's work is done twice.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import os
+import sys
+import time
+from collections.abc import Iterable
 from pathlib import Path
 
+from abf.cluster import slurm
+from abf.cluster.slurm import QueuedJob
 from abf.files import lock
+
+PREFIX = "abf_"
+"""Of the names of jobs that Snakemake's Slurm executor submits (profiles/leonardo)."""
+NOTICE_SECONDS = 60
+"""Longest pause between two looks of the Slurm executor at its jobs; its own limit of 180 s would
+notice a cancelled job only after three minutes."""
 
 _held = contextlib.ExitStack()
 
@@ -20,3 +37,56 @@ def claim(results: Path, study: str) -> None:
         LockError: another driver holds it; names it.
     """
     _held.enter_context(lock(results / ".driver", f"snakemake on {study}"))
+
+
+def settle(places: Iterable[tuple[str, str]], *, interval: float) -> None:
+    """Wait until no job of an earlier driver is at work on these stage directories.
+
+    Args:
+        places: stage and key of every planned directory.
+        interval: seconds between two looks at the queue.
+
+    Raises:
+        ClusterError: the scheduler does not answer.
+    """
+    told: set[str] = set()
+    while live := orphans(places):
+        for job in live:
+            if job.job_id not in told:
+                told.add(job.job_id)
+                print(
+                    f"job {job.job_id} ({job.comment}, {job.state}) is an earlier driver's: "
+                    f"waiting for it, or cancel it with `scancel {job.job_id}`",
+                    file=sys.stderr,
+                    flush=True,
+                )
+        time.sleep(interval)
+
+
+def orphans(places: Iterable[tuple[str, str]]) -> list[QueuedJob]:
+    """Live jobs of Snakemake's that work on these stage directories, from this folder."""
+    comments = {f"rule_{stage}_wildcards_{key.replace('/', '_')}" for stage, key in places}
+    return [
+        job
+        for job in slurm.queue()
+        if job.live
+        and job.name.startswith(PREFIX)
+        and job.comment in comments
+        and os.path.realpath(job.workdir) == os.path.realpath(Path.cwd())
+    ]
+
+
+def notice_soon() -> None:
+    """Cap the pause of Snakemake's Slurm executor between two looks at `NOTICE_SECONDS`."""
+    from snakemake_executor_plugin_slurm import Executor
+
+    name = "_next_seconds"
+
+    def read(self: Executor) -> float:
+        return min(getattr(self, name, NOTICE_SECONDS), NOTICE_SECONDS)
+
+    def write(self: Executor, seconds: float) -> None:
+        setattr(self, name, seconds)
+
+    # The executor sets this attribute anew after every look; a property hears of it.
+    Executor.next_seconds_between_status_checks = property(read, write)  # type: ignore[assignment]

@@ -3,6 +3,11 @@
 `assert` is for invariants of our own; everything below is for people.
 """
 
+from __future__ import annotations
+
+import errno
+import os
+
 
 class AbfError(Exception):
     """Base of every error shown to a user without a traceback."""
@@ -46,6 +51,12 @@ class DivergenceError(AbfError):
     exit_code = 7
 
 
+class ClusterError(AbfError):
+    """The scheduler refused, lost or ended a job; says what it said, and what to do."""
+
+    exit_code = 8
+
+
 class Interrupted(AbfError):
     """A signal asked us to stop; state was saved and the same command goes on from there.
 
@@ -53,3 +64,39 @@ class Interrupted(AbfError):
     """
 
     exit_code = 75
+
+    def __init__(self, message: str, *, requeue: bool = False) -> None:
+        super().__init__(message)
+        self.requeue = requeue
+        """The time limit was near, nobody cancelled: a scheduler's job should queue again."""
+
+
+FULL = "the disk is full; nothing half-written was kept: free space"
+DENIED = "you have no permission: change owner or mode, or use another folder"
+REMEDIES = {
+    errno.ENOSPC: FULL,
+    errno.EDQUOT: FULL,
+    errno.EROFS: "the file system is read-only: mount it writable, or use another folder",
+    errno.EACCES: DENIED,
+    errno.EPERM: DENIED,
+    errno.ENOTDIR: "a part of the path is a file, not a folder: move it away or name another path",
+    errno.EISDIR: "this is a folder, not a file: name a file, or move the folder away",
+    errno.EEXIST: "something else has this name: move it away",
+    errno.ENAMETOOLONG: "the name is too long: use shorter names",
+    errno.EIO: "the disk failed: have it looked at",
+    errno.ESTALE: "the network file system lost it: wait until it is back",
+    errno.EMFILE: "too many files are open: raise `ulimit -n`",
+}
+"""What a user can do about an OSError."""
+
+
+def os_fault(error: Exception) -> str | None:
+    """What went wrong with which file and what to do; none for what no user can act on."""
+    if not isinstance(error, OSError):
+        return None
+    remedy = REMEDIES.get(error.errno or 0)
+    # Writing to an open file names none; a full disk is clear all the same.
+    if remedy is None or (error.filename is None and remedy is not FULL):
+        return None
+    where = "" if error.filename is None else f"{os.fsdecode(error.filename)}: "
+    return f"{where}{remedy}, and run the same command again ({error.strerror})"

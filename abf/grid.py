@@ -8,18 +8,27 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Mapping
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from pydantic import Field
 
-from abf.base import ConfigModel
-from abf.config import Name, RunConfig, load, read_yaml, validate
+from abf.base import ConfigModel, Seed
+from abf.config import LONGEST_ARM, ArmName, Name, RunConfig, load, read_yaml, validate
 from abf.errors import ConfigError
 
 Overrides = dict[str, Any]
+
+OWN = {
+    "study": "it is the grid's own `study`",
+    "arm": "the names under `arms` and the axes make it",
+    "seed": "list the seeds under `seeds`",
+}
+"""Keys of a cell that the grid sets, and from what."""
 
 
 class GridSpec(ConfigModel):
@@ -29,14 +38,23 @@ class GridSpec(ConfigModel):
     """Name of the study: MLflow experiment, report folder."""
     base: str
     """Run YAML that every cell starts from, relative to the grid file."""
-    arms: dict[str, Overrides] = Field(default={"main": {}}, min_length=1)
+    arms: dict[ArmName, Overrides] = Field(default={"main": {}}, min_length=1)
     """Arm name -> dotted path -> value."""
-    axes: dict[str, list[Any]] = {}
+    axes: dict[str, Annotated[list[Any], Field(min_length=1)]] = {}
     """Dotted path -> values; every combination runs with every arm."""
-    seeds: tuple[int, ...] = Field(default=(0,), min_length=1)
+    seeds: tuple[Seed, ...] = Field(default=(0,), min_length=1)
     """Seeds of training and decoding; the interval over seeds is over these."""
     exclude: tuple[Overrides, ...] = ()
     """Combinations left out: an `arm` and/or axis values that must all match."""
+
+    def model_post_init(self, context: object) -> None:
+        arms = {f"arms.{name}": overrides for name, overrides in self.arms.items()}
+        for place, paths in {"axes": self.axes, **arms}.items():
+            for key in (key for key in OWN if key in paths):
+                raise ValueError(
+                    f"{place}.{key}: the grid sets {key!r} of every cell ({OWN[key]}); "
+                    f"value {paths[key]!r}"
+                )
 
 
 @dataclass(frozen=True)
@@ -70,10 +88,8 @@ def load_study(path: Path) -> Study:
     base = (path.parent / spec.base).resolve()
     document = read_yaml(base)
     cells = []
-    for arm, values in _combinations(spec, path):
-        changes = {**spec.arms[arm], **values}
-        suffix = "".join(f".{key.rpartition('.')[2]}={value}" for key, value in values.items())
-        name = f"{arm}{suffix}"
+    for arm, name, values in _combinations(spec, path):
+        changes = [*spec.arms[arm].items(), *values.items()]
         cell = _apply(document, changes, f"{path}: arm {name!r}")
         for seed in spec.seeds:
             stated = {**cell, "study": spec.study, "arm": name, "seed": seed}
@@ -83,31 +99,70 @@ def load_study(path: Path) -> Study:
         raise ConfigError(f"{path}: `exclude` leaves no cell")
     names = [cell.name for cell in cells]
     if twice := sorted({name for name in names if names.count(name) > 1}):
-        raise ConfigError(f"{path}: cells named twice: {', '.join(twice)}; check arms and seeds")
+        raise ConfigError(
+            f"{path}: cells named twice: {', '.join(twice)}; a seed is listed twice, or an arm is "
+            "named like another with its axis values"
+        )
     return Study(spec.study, path, tuple(cells))
 
 
-def _combinations(spec: GridSpec, path: Path) -> list[tuple[str, Overrides]]:
-    known = {"arm", *spec.axes}
+def _combinations(spec: GridSpec, path: Path) -> Iterator[tuple[str, str, Overrides]]:
+    """Arm, name with the axis values, and axis values of every combination that is run."""
+    known = ["arm", *spec.axes]
     for rule in spec.exclude:
-        if unknown := sorted(set(rule) - known):
+        if unknown := sorted(set(rule) - set(known)):
             raise ConfigError(
                 f"{path}: exclude: {', '.join(unknown)} is no axis; allowed: {', '.join(known)}"
             )
-    found = []
-    for arm in spec.arms:
-        for combination in itertools.product(*spec.axes.values()):
-            values = dict(zip(spec.axes, combination, strict=True))
-            here = {"arm": arm, **values}
-            if not any(all(here[k] == v for k, v in rule.items()) for rule in spec.exclude):
-                found.append((arm, values))
-    return found
+    axes = [_named(key, values, f"{path}: axes.{key}") for key, values in spec.axes.items()]
+    for arm, combination in itertools.product(spec.arms, itertools.product(*axes)):
+        values = {key: value for key, value, _ in combination}
+        here = {"arm": arm, **values}
+        if any(all(here[k] == v for k, v in rule.items()) for rule in spec.exclude):
+            continue
+        name = arm + "".join(f".{key.rpartition('.')[2]}={text}" for key, _, text in combination)
+        if len(name) > LONGEST_ARM:
+            raise ConfigError(
+                f"{path}: arm {name!r} has a name of {len(name)} characters, at most {LONGEST_ARM} "
+                f"are allowed: give {arm!r} a shorter name, or make one of the axes "
+                f"({', '.join(spec.axes) or 'none'}) arms of a short name"
+            )
+        yield arm, name, values
 
 
-def _apply(document: Mapping[str, Any], changes: Overrides, origin: str) -> dict[str, Any]:
-    """A deep copy of the document with each dotted path set to its value."""
+def _named(key: str, values: Iterable[Any], origin: str) -> list[tuple[str, Any, str]]:
+    """Axis, value, and what names call the value: a mapping by its kind, the rest as in YAML."""
+    named: dict[str, Any] = {}
+    for value in values:
+        kind = value.get("kind") if isinstance(value, Mapping) else value
+        text = kind if isinstance(kind, str) else json.dumps(value, default=str)
+        if not re.fullmatch(r"[a-z0-9_.=+-]+", text):
+            raise ConfigError(
+                f"{origin}: {value!r} cannot be part of an arm's name (small letters, digits and "
+                "_.=+- only; a mapping is named by its `kind`); make its variants arms instead"
+            )
+        if text in named:
+            raise ConfigError(
+                f"{origin}: two values are named {text!r}; list a value once (mappings of the same "
+                "`kind` are not told apart: make them arms instead)"
+            )
+        named[text] = value
+    return [(key, value, text) for text, value in named.items()]
+
+
+def _apply(
+    document: Mapping[str, Any], changes: Iterable[tuple[str, Any]], origin: str
+) -> dict[str, Any]:
+    """A deep copy of the document with each dotted path set to its value, in this order."""
     result = copy.deepcopy(dict(document))
-    for path, value in changes.items():
+    done: list[str] = []
+    for path, value in changes:
+        for before in done:
+            if f"{before}.".startswith(f"{path}."):
+                raise ConfigError(
+                    f"{origin}: {path} (value {value!r}) replaces {before}, which the arm or an "
+                    "axis sets too; set it in one of them"
+                )
         *parents, last = path.split(".")
         here = result
         for depth, parent in enumerate(parents):
@@ -116,4 +171,5 @@ def _apply(document: Mapping[str, Any], changes: Overrides, origin: str) -> dict
                 stem = ".".join(parents[: depth + 1])
                 raise ConfigError(f"{origin}: {path}: {stem} holds no keys (value {here!r})")
         here[last] = copy.deepcopy(value)
+        done.append(path)
     return result

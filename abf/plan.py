@@ -9,20 +9,26 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
+import platform
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from abf.base import ConfigModel
-from abf.data.config import PackConfig
+from abf.cluster.config import LaunchConfig
+from abf.data.config import LocalSource, PackConfig, Source, StdlibSource
+from abf.data.local import matching_files
 from abf.errors import ConfigError
 from abf.eval.config import GENERATIVE_KINDS
 from abf.grid import Cell, Study
 from abf.hardware import resolve_precision
 from abf.segment.config import SentenceSegmenter
 from abf.stages import MANIFEST, STAGES
+from abf.train.config import Base
 
+LAUNCH = "launch.json"
+"""File beside `config.json` of what is trained: its `LaunchConfig`."""
 DEFAULT_MAX_BLOCK = PackConfig().max_block
 Inputs = dict[str, "Instance | list[Instance]"]
 
@@ -36,6 +42,10 @@ class Instance:
     config: Mapping[str, Any]
     inputs: Inputs = field(default_factory=dict)
     threads: int = 1
+    launch: LaunchConfig | None = None
+    """How a cluster runs it, for what is trained; no part of what it computes."""
+    files: tuple[Path, ...] = ()
+    """Files from outside that it reads: when they change it runs again."""
 
     @property
     def place(self) -> str:
@@ -93,6 +103,8 @@ class Plan:
         *,
         keyed: bool = True,
         threads: int = 1,
+        launch: LaunchConfig | None = None,
+        files: Sequence[Path] = (),
     ) -> Instance:
         """The stage directory with this content; made on first use."""
         inputs = inputs or {}
@@ -103,16 +115,22 @@ class Plan:
         key = f"{slug}-{digest([stage, config, upstream])}" if keyed else slug
         known = self.instances.get((stage, key))
         if known is None:
-            known = Instance(stage, key, dict(config), inputs, threads)
+            known = Instance(stage, key, dict(config), inputs, threads, launch, tuple(files))
             self.instances[stage, key] = known
         return known
 
+    def _source(self, source: Source) -> Instance:
+        settings: dict[str, Any] = {"source": _dump(source)}
+        files: Sequence[Path] = ()
+        if isinstance(source, LocalSource):
+            files = matching_files(source.path)
+        elif isinstance(source, StdlibSource):
+            settings["python"] = platform.python_version()  # another one has another text
+        return self._add("fetch", _source_slug(source), settings, files=files)
+
     def _cell(self, cell: Cell) -> PlannedCell:
         cfg = cell.config
-        sources = tuple(
-            self._add("fetch", _source_slug(source), {"source": _dump(source)})
-            for source in cfg.sources
-        )
+        sources = tuple(self._source(source) for source in cfg.sources)
         documents = self._add(
             "prepare", "documents", {"prepare": _dump(cfg.prepare)}, {"raw": list(sources)}
         )
@@ -120,7 +138,9 @@ class Plan:
         imported = cfg.base.kind == "import"
         base: Instance | None = None
         if imported:
-            base = self._add("base", "import", {"base": base_cfg})
+            base = self._add(
+                "base", "import", {"base": base_cfg}, files=_checkpoint_files(cfg.base)
+            )
         source_of_tokens = base if base is not None else documents
         tokenizer = self._add(
             "tokenizer",
@@ -135,10 +155,13 @@ class Plan:
         def packed(segmenter: ConfigModel, rows: PackConfig) -> Instance:
             inputs: Inputs = {"documents": documents, "tokens": tokens}
             reference = getattr(segmenter, "like", None)
+            settings: dict[str, Any] = {"segmenter": _dump(segmenter)}
             if reference is not None:
                 inputs["reference"] = packed(reference, rows).inputs["segments"]
+                # Lengths are matched as blocks, after the cap.
+                settings["max_block"] = rows.max_block
             kind = segmenter.model_dump(include={"kind"})["kind"]
-            segments = self._add("segment", kind, {"segmenter": _dump(segmenter)}, inputs)
+            segments = self._add("segment", kind, settings, inputs)
             return self._add(
                 "pack",
                 kind,
@@ -154,15 +177,23 @@ class Plan:
         if base is None:
             threads = base_cfg["train"]["threads"]
             base = self._add(
-                "base", "pretrain", {"base": base_cfg}, {"packed": common}, threads=threads
+                "base",
+                "pretrain",
+                {"base": base_cfg},
+                {"packed": common},
+                threads=threads,
+                launch=cfg.launch,
             )
         init = self._add("convert", cfg.base.kind, pack_cfg, {"base": base, "packed": common})
+        # Neither arm nor decoder: cells that only decode otherwise share their training.
+        how = "ar" if cfg.train.objective.kind == "ar" else cfg.segmenter.kind
         train = self._add(
             "train",
-            cell.name,
-            {"train": _dump(cfg.train), "seed": cfg.seed, "arm": cfg.arm},
+            f"{how}-s{cfg.seed}",
+            {"train": _dump(cfg.train), "seed": cfg.seed},
             {"init": init, "packed": pack},
             threads=cfg.train.threads,
+            launch=cfg.launch,
         )
         objective = cfg.train.objective.model_dump(mode="json")
         decodes = {}
@@ -181,12 +212,11 @@ class Plan:
                         "seed": cfg.seed,
                     },
                     {"train": train, "packed": pack, "tokenizer": tokenizer},
-                    keyed=False,
                     threads=decoder_cfg.threads,
                 )
         score = self._add(
             "score",
-            train.key,
+            cell.name,
             {
                 "tasks": {name: _dump(task) for name, task in cfg.tasks.items()},
                 "decoders": {name: _dump(decoder) for name, decoder in cfg.decoders.items()},
@@ -202,10 +232,9 @@ class Plan:
                 "tokenizer": tokenizer,
                 "decodes": list(decodes.values()),
             },
-            keyed=False,
             threads=cfg.scoring.threads,
         )
-        return PlannedCell(cell, train.key, train, decodes, score, pack, base, tokenizer, sources)
+        return PlannedCell(cell, score.key, train, decodes, score, pack, base, tokenizer, sources)
 
     def write(self) -> int:
         """Write every `config.json` whose text changes, and the plan itself; how many changed."""
@@ -213,6 +242,9 @@ class Plan:
         for instance in self.instances.values():
             path = instance.directory(self.results) / "config.json"
             changed += _write_if_changed(path, _resolved(instance, path))
+            if instance.launch is not None:
+                # Beside the configuration, not in it: another number of nodes reruns nothing.
+                changed += _write_if_changed(path.with_name(LAUNCH), _dump(instance.launch))
         return changed + _write_if_changed(self.path, self.as_document())
 
     @property
@@ -267,7 +299,8 @@ class Plan:
             direct = list(_flat(instance.inputs))
             implied = {above for i in direct for above in self._ancestors(i)}
             waits = [self._manifest(i) for i in direct if (i.stage, i.key) not in implied]
-            return [f"{self.results}/{instance.place}/config.json", *waits]
+            outside = map(str, instance.files)
+            return [f"{self.results}/{instance.place}/config.json", *waits, *outside]
 
         return inputs_of_stage
 
@@ -317,6 +350,12 @@ def _one(instance: Instance, name: str) -> Instance:
     found = instance.inputs[name]
     assert isinstance(found, Instance)
     return found
+
+
+def _checkpoint_files(base: Base) -> list[Path]:
+    """Files of the folder that an imported base comes from; a package is pinned by its version."""
+    checkpoint = base.checkpoint if base.kind == "import" else None
+    return matching_files(checkpoint.path) if checkpoint and checkpoint.kind == "directory" else []
 
 
 def _source_slug(source: ConfigModel) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import platform
 import shutil
@@ -19,6 +20,9 @@ from abf.stages import MANIFEST, STAGES, stage_dir
 from abf.track.attempts import attempt
 
 STAGING = ".staging"
+DONE = ".done"
+"""Folder of the finished manifest. Snakemake deletes declared outputs before it runs a rule again,
+after a killed driver for example; what lies here it does not know, so finished work is not lost."""
 
 
 class StageRun:
@@ -59,14 +63,65 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version()} | {name: version(name) for name in names}
 
 
+Inputs = Mapping[str, Path | Sequence[Path]]
+
+
+def hash_inputs(inputs: Inputs) -> dict[str, list[dict[str, str]]]:
+    """Path and manifest hash of every input, by name.
+
+    Raises:
+        ArtifactError: one is unfinished or damaged.
+    """
+    hashes: dict[str, list[dict[str, str]]] = {}
+    for label, paths in inputs.items():
+        for path in [paths] if isinstance(paths, Path) else paths:
+            read_manifest(path)
+            manifest = stage_dir(path) / MANIFEST
+            hashes.setdefault(label, []).append(
+                {"path": os.path.relpath(manifest.parent), "sha256": sha256(manifest)}
+            )
+    return hashes
+
+
+def is_finished(name: str, directory: Path, *, inputs: Inputs, config: Path | None) -> bool:
+    """Whether `directory` holds this very work, finished and whole, declared or not."""
+    spec, done = STAGES[name], directory / DONE / MANIFEST
+    if not spec.pure or not done.exists():
+        return False
+    manifest = json.loads(done.read_text(encoding="utf-8"))
+    hashes = [[entry["sha256"] for entry in found] for found in hash_inputs(inputs).values()]
+    before = [[entry["sha256"] for entry in found] for found in manifest["inputs"].values()]
+    return (
+        manifest["stage_version"] == spec.version
+        and manifest["config"] == (None if config is None else sha256(config))
+        and before == hashes
+        and all((directory / part).exists() for part in spec.payload)
+        and _contents(manifest["files"]) == _contents(file_entries(directory, spec.payload))
+    )
+
+
+def _contents(files: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
+    return {name: entry["sha256"] for name, entry in files.items()}
+
+
+def declare(directory: Path) -> None:
+    """Give the finished manifest its declared name: a link to the same file, in one step."""
+    temporary = directory / f".{MANIFEST}.{os.getpid()}.tmp"
+    temporary.unlink(missing_ok=True)
+    os.link(directory / DONE / MANIFEST, temporary)
+    os.utime(temporary)  # newer than the inputs, or Snakemake would ask for it again and again
+    os.replace(temporary, directory / MANIFEST)
+
+
 @contextlib.contextmanager
 def stage(
     name: str,
     out: Path,
     *,
-    inputs: Mapping[str, Path | Sequence[Path]],
+    inputs: Inputs,
     config: Path | None,
     cores: int = 1,
+    declared: bool = True,
 ) -> Iterator[StageRun]:
     """Check the inputs, let the body write into `staging`, publish, and write the manifest.
 
@@ -76,6 +131,8 @@ def stage(
         inputs: upstream stage directories (or manifests) by name; each must be finished and whole.
         config: `config.json` of this stage.
         cores: processor cores given to the job, for the ledger.
+        declared: give the manifest its declared name; a job on a cluster leaves that to the rule
+            that waits for it.
 
     Raises:
         ArtifactError: an input is unfinished or damaged; the body wrote another payload.
@@ -86,20 +143,15 @@ def stage(
         began = time.time()
         run = StageRun(directory)
         with attempt(directory, rule=name, run=directory.name, cores=cores) as extra:
-            hashes = {}
-            for label, paths in inputs.items():
-                for path in [paths] if isinstance(paths, Path) else paths:
-                    read_manifest(path)
-                    manifest = stage_dir(path) / MANIFEST
-                    hashes.setdefault(label, []).append(
-                        {"path": os.path.relpath(manifest.parent), "sha256": sha256(manifest)}
-                    )
+            hashes = hash_inputs(inputs)
             # A staging folder is somebody's who was killed: we hold the lock, so it is nobody's.
             shutil.rmtree(run.staging, ignore_errors=True)
             run.staging.mkdir()
-            (directory / MANIFEST).unlink(missing_ok=True)
             try:
                 yield run
+                # Until here a finished stage stays finished: a failing rerun costs nothing.
+                for stale in (directory / MANIFEST, directory / DONE / MANIFEST):
+                    stale.unlink(missing_ok=True)
                 publish(run.staging, directory, spec.payload)
             finally:
                 shutil.rmtree(run.staging, ignore_errors=True)
@@ -118,4 +170,6 @@ def stage(
                 "seconds": time.time() - began,
                 "core_seconds": sum(os.times()[:4]),
             }
-            write_json(directory / MANIFEST, manifest)
+            write_json(directory / DONE / MANIFEST, manifest)
+            if declared:
+                declare(directory)

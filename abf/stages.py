@@ -18,25 +18,28 @@ class Stage:
     """Bump it when the stage's code changes what it writes: Snakemake then reruns it."""
     payload: tuple[str, ...]
     """Files and folders that the stage publishes beside its manifest."""
+    pure: bool = True
+    """What it writes follows from its configuration and inputs: finished work can be declared
+    finished again instead of being done twice."""
 
 
 STAGES: dict[str, Stage] = {
     stage.name: stage
     for stage in (
-        Stage("fetch", 1, ("raw",)),
+        Stage("fetch", 1, ("raw",), pure=False),
         Stage("prepare", 1, ("documents",)),
         Stage("tokenizer", 1, ("tokenizer",)),
         Stage("tokenize", 1, ("tokens",)),
-        Stage("segment", 1, ("segments",)),
+        Stage("segment", 2, ("segments",)),
         Stage("pack", 1, ("packed",)),
-        Stage("base", 1, ("base",)),
+        Stage("base", 2, ("base",)),
         Stage("convert", 1, ("init",)),
         Stage("train", 1, ("model", "metrics.parquet")),
         Stage("decode", 2, ("samples.parquet", "trace.arrows")),
         Stage("score", 2, ("scores.parquet", "documents.parquet")),
-        Stage("ledger", 1, ("ledger.parquet",)),
-        Stage("report", 1, ("index.html", "figures")),
-        Stage("mlflow", 1, ("ingested.json",)),
+        Stage("ledger", 1, ("ledger.parquet",), pure=False),
+        Stage("report", 2, ("index.html", "figures"), pure=False),
+        Stage("mlflow", 1, ("ingested.json",), pure=False),
     )
 }
 

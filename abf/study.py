@@ -18,6 +18,7 @@ from typing import Any
 
 from abf.artifacts import read_manifest
 from abf.errors import ArtifactError, ConfigError
+from abf.files import sha256
 from abf.grid import load_study
 from abf.plan import Plan
 from abf.report.config import ReportConfig
@@ -153,6 +154,7 @@ def report_plan(
                 train=results / cell["train"],
                 score=results / cell["score"],
                 pack=results / cell["packed"],
+                base=results / cell["base"],
                 decodes={name: results / place for name, place in cell["decodes"].items()},
             )
             for cell in plan["cells"]
@@ -200,9 +202,10 @@ def serve_ui(results: Path, port: int) -> None:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind(("127.0.0.1", port))
-        except OSError:
+        except OSError as error:
             raise ConfigError(
-                f"port {port} is taken; use `abf ui --port 0` for a free one"
+                f"port {port} of 127.0.0.1 cannot be had ({error.strerror}); `make ui PORT=0` "
+                "takes a free one (`abf ui --port 0` where the environment is activated)"
             ) from None
         port = probe.getsockname()[1]
     folder = (results / "mlflow").absolute()
@@ -232,8 +235,10 @@ def print_plan(study: Path, results: Path) -> None:
     for instance in plan.instances.values():
         directory = instance.directory(results)
         attempts = attempt_outcomes(directory)
-        if (directory / MANIFEST).exists():
-            state = "done"
+        manifest = _manifest(directory)
+        if manifest is not None:
+            current = manifest["config"] == sha256(directory / "config.json")
+            state = "done" if current else "outdated"
         else:
             state = attempts[-1]["state"].lower() if attempts else "to do"
         states[state] = states.get(state, 0) + 1

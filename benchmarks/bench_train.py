@@ -169,7 +169,7 @@ def _run_case(case: Case, rounds: int, folder: Path) -> list[Row]:
     detail = (
         f"{parameters / 1e6:.1f}M parameters (d {shape.d_model}, {shape.layers} layers, d_ff "
         f"{shape.d_ff}, V {shape.vocab_size}), L {case.row_length}, {case.batch_rows} rows a step, "
-        f"documents of median 148 and blocks of mean {MEAN_BLOCK} tokens, {case.precision}, 1 thread"
+        f"documents of median 148, blocks of mean {MEAN_BLOCK} tokens, {case.precision}, 1 thread"
     )
     name = f"{case.name} {case.precision}"
     return [

@@ -58,6 +58,29 @@ def fault(tmp_path: Path):
         ("tasks: {t: {kind: continuation, new_tokens: 600}}", ["tasks.t", "row_length=512"]),
         ("tasks: {Bad: {kind: likelihood}}", ["tasks.Bad", "a-z"]),
         ("seed: 1\nseed: 2", ["run.yaml:2", "'seed'", "line 1"]),
+        ("{[1, 2]: 3}", ["run.yaml:1", "a key must be text", "a sequence"]),
+        ("tasks:\n  1: {kind: likelihood}", ["run.yaml:2", "a key must be text, not 1", "quotes"]),
+        ("x: &x {a: *x}", ["is not YAML", "recursive"]),
+        ("study: 2024-13-45", ["is not YAML", "month must be in 1..12"]),
+        ("x: &x {seed: 1}\ny: {<<: *x, k: 1, k: 2}", ["run.yaml:2", "'k'", "line 2"]),
+        ("seed: '3'", ["seed", "valid integer", "'3'"]),
+        ("seed: true", ["seed", "valid integer", "True"]),
+        (f"seed: {2**70}", ["seed", f"value {2**70}", "less than 2147483648"]),
+        ("base: {kind: pretrain, seed: -1}", ["base.seed", "value -1", "greater than or equal"]),
+        ("train: {optim: {betas: [0.9, 1.5]}}", ["optim.betas[1]", "value 1.5", "less than 1"]),
+        ("train: {threads: 1000}", ["train.threads", "value 1000", "less than or equal to 256"]),
+        ("scoring: {threads: '2'}", ["scoring.threads", "value '2'", "integer"]),
+        ("tasks: {}", ["tasks", "at least 1"]),
+        ("sources: [{kind: local, path: ''}]", ["sources[0].path", "at least 1 character"]),
+        *(
+            (f"sources: [{{kind: stdlib, pattern: '{pattern}'}}]", [f"pattern='{pattern}'", said])
+            for pattern, said in (
+                ("/etc/*", "no leading `/`"),
+                ("../*.py", "no `..`"),
+                ("", "no empty pattern"),
+                ("**.py", "as in `**/*.py`"),
+            )
+        ),
         ("- a", ["must hold a mapping"]),
         ("a: [", ["is not YAML"]),
         ("train: {micro_rows: 3}", ["train.micro_rows=3", "batch_rows=8"]),
@@ -67,6 +90,19 @@ def test_faults_name_path_value_and_choices(fault, text: str, parts: list[str]) 
     message = fault(text)
     for part in parts:
         assert part in message
+
+
+def test_merge_keys_and_numbers_with_an_exponent(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(
+        "base:\n  kind: pretrain\n"
+        "  train: &t {objective: {kind: ar}, optim: {lr: 3e-4}, tokens: 10}\n"
+        "train: {<<: *t, objective: {kind: block}, tokens: 20}\n"
+    )
+    config = load(path)
+    assert config.train.optim.lr == 0.0003
+    assert config.train.tokens == 20
+    assert config.train.objective.kind == "block"
 
 
 def test_missing_file_and_wrong_encoding(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -90,13 +91,44 @@ def test_a_learning_rate_moves_training_and_nothing_before_it(tmp_path: Path) ->
     assert len(after["train"] - before["train"]) == 2
 
 
+def test_a_decoder_axis_shares_training_and_overwrites_nothing(tmp_path: Path) -> None:
+    decoders = RUN.replace("{kind: ar}}", "{kind: ar}, batch_size: 9}")
+    before = keys(Plan(study(tmp_path), tmp_path))
+    after = keys(Plan(study(tmp_path, run=decoders), tmp_path))
+    assert before["train"] == after["train"]
+    assert not before["decode"] & after["decode"]
+    assert not before["score"] & after["score"]
+    axis = GRID + "axes: {tasks.go.prompts: [1, 2, 3]}"
+    assert {k: len(v) for k, v in keys(Plan(study(tmp_path, axis), tmp_path)).items()} == {
+        k: len(v) * (3 if k in ("decode", "score") else 1) for k, v in before.items()
+    }
+
+
+def test_files_from_outside_are_inputs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my text").mkdir()
+    (tmp_path / "my text" / "a.txt").write_text("one")
+    run = RUN.replace("path: text.jsonl", "path: 'my text/*.txt'")
+    assert run != RUN
+
+    def inputs() -> list[str]:
+        plan = Plan(study(tmp_path, run=run), Path("results"))
+        (key,) = keys(plan)["fetch"]
+        return plan.inputs("fetch")(SimpleNamespace(key=key))[1:]
+
+    assert inputs() == ["my text/a.txt"]
+    (tmp_path / "my text" / "b.txt").write_text("two")
+    assert inputs() == ["my text/a.txt", "my text/b.txt"]
+
+
 def test_config_json_is_written_once_and_auto_stays_resolved(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("abf.plan.resolve_precision", lambda: ("bf16", "first machine"))
     results = tmp_path / "results"
     plan = Plan(study(tmp_path), results)
-    assert plan.write() == len(plan.instances) + 1
+    trained = [i for i in plan.instances.values() if i.stage in ("base", "train")]
+    assert plan.write() == len(plan.instances) + len(trained) + 1
     monkeypatch.setattr("abf.plan.resolve_precision", lambda: ("fp32", "another machine"))
     assert Plan(study(tmp_path), results).write() == 0
     path = plan.cells[0].train.directory(results) / "config.json"

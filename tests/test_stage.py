@@ -5,10 +5,12 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow as pa
@@ -19,7 +21,8 @@ from abf import files
 from abf.artifacts import TOKENS, read_manifest, read_table, write_table
 from abf.errors import ArtifactError, Interrupted, LockError
 from abf.files import atomic_path, lock, write_json
-from abf.stage import stage
+from abf.stage import declare, is_finished, stage
+from abf.stages import STAGES
 from abf.track.attempts import read_attempts
 
 ROW = {
@@ -48,17 +51,73 @@ def test_a_finished_stage_has_a_manifest_that_lists_what_it_wrote(tmp_path: Path
     assert not (directory / ".staging").exists()
 
 
-def test_a_failing_stage_publishes_nothing_and_says_why(tmp_path: Path) -> None:
+def test_a_failing_rerun_leaves_what_was_finished(tmp_path: Path) -> None:
     directory = make(tmp_path / "one", "first")
     with pytest.raises(ZeroDivisionError), stage("mlflow", directory, inputs={}, config=None) as r:
         (r.staging / "ingested.json").write_text("second")
         _ = 1 / 0
     assert (directory / "ingested.json").read_text() == "first"
-    with pytest.raises(ArtifactError, match="unfinished"):
-        read_manifest(directory)
+    assert read_manifest(directory)["counts"] == {"n": 1}
     last = read_attempts(directory)[-1]
     assert (last["attempt"], last["state"]) == (2, "FAILED")
     assert "ZeroDivisionError" in last["reason"]
+
+
+def test_a_changed_byte_is_found_and_a_copy_is_none(tmp_path: Path) -> None:
+    directory = make(tmp_path / "one", "first")
+    shutil.copytree(directory, tmp_path / "copy", copy_function=shutil.copyfile)
+    assert read_manifest(tmp_path / "copy")["counts"] == {"n": 1}
+    (directory / "ingested.json").write_text("fIrst")
+    with pytest.raises(ArtifactError, match=r"one/ingested\.json was changed after it was written"):
+        read_manifest(directory)
+
+
+def finish(directory: Path, text: str = "x", inputs: dict[str, Path] | None = None) -> Path:
+    """A finished `score` directory: a pure stage."""
+    with stage("score", directory, inputs=inputs or {}, config=None) as run:
+        (run.staging / "scores.parquet").write_text(text)
+        (run.staging / "documents.parquet").write_text(text)
+    return directory
+
+
+def is_done(directory: Path, inputs: dict[str, Path] | None = None) -> bool:
+    return is_finished("score", directory, inputs=inputs or {}, config=None)
+
+
+def test_finished_work_whose_declaration_was_deleted_is_declared_again(tmp_path: Path) -> None:
+    upstream = make(tmp_path / "up")
+    directory = finish(tmp_path / "one", inputs={"up": upstream})
+    before = read_manifest(directory)
+    (directory / "manifest.json").unlink()  # as Snakemake does before it runs a rule again
+    assert is_done(directory, {"up": upstream})
+    declare(directory)
+    assert read_manifest(directory) == before
+    assert (directory / "manifest.json").stat().st_ino == (
+        directory / ".done/manifest.json"
+    ).stat().st_ino
+
+
+@pytest.mark.parametrize("change", ["payload", "input", "version", "missing"])
+def test_other_work_is_not_declared(
+    tmp_path: Path, change: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    upstream = make(tmp_path / "up")
+    directory = finish(tmp_path / "one", inputs={"up": upstream})
+    if change == "payload":
+        (directory / "scores.parquet").write_text("y")
+    elif change == "input":
+        make(tmp_path / "up", "other")
+    elif change == "version":
+        spec = STAGES["score"]
+        monkeypatch.setitem(STAGES, "score", replace(spec, version=spec.version + 1))
+    else:
+        (directory / "documents.parquet").unlink()
+    assert not is_done(directory, {"up": upstream})
+
+
+def test_a_stage_that_reads_the_world_is_never_done(tmp_path: Path) -> None:
+    directory = make(tmp_path / "one")
+    assert not is_finished("mlflow", directory, inputs={}, config=None)
 
 
 def test_an_interrupt_is_no_failure(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import PurePath
 from typing import Annotated, Literal
 
 from pydantic import Field
@@ -46,13 +47,25 @@ class StdlibSource(ConfigModel):
     max_documents: int | None = Field(default=None, ge=1)
     """Keep the first this many files in name order; none keeps all."""
 
+    def model_post_init(self, context: object) -> None:
+        path = PurePath(self.pattern)
+        if not path.parts or path.is_absolute() or ".." in path.parts:
+            raise ValueError(
+                f"pattern={self.pattern!r} must lie below the standard library's folder: no empty "
+                "pattern, no leading `/`, no `..` (for files elsewhere use kind: local)"
+            )
+        if any("**" in part and part != "**" for part in path.parts):
+            raise ValueError(
+                f"pattern={self.pattern!r}: `**` must stand alone between slashes, as in `**/*.py`"
+            )
+
 
 class LocalSource(ConfigModel):
     """Files on disk: JSONL, Parquet or plain text (a document a file)."""
 
     kind: Literal["local"] = "local"
-    path: str
-    """A file or a glob, relative to the working directory."""
+    path: str = Field(min_length=1)
+    """A file, a folder or a glob, relative to the working directory."""
     format: Literal["auto", "jsonl", "parquet", "text"] = "auto"
     """`auto` decides by the file name's ending."""
     text_field: str = "text"

@@ -18,7 +18,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from abf.artifacts import PIECES, TOKENS, packed_schema, read_table, shards, write_table
-from abf.data.blocks import block_lengths, cut_lengths
+from abf.blocks import block_lengths, cut_lengths
 from abf.data.config import PackConfig
 from abf.data.prepare import SPLITS
 from abf.data.slots import Shard, flat_lists, read_slots

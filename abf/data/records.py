@@ -56,7 +56,7 @@ def jsonl_records(path: Path, field: str) -> Iterator[Record]:
             text = decode(line, where, base=offset)
             offset += len(line)
             if text.strip():
-                yield f"{path.name}:{number}", text_of(_json(text, where), field, where)
+                yield f"{path.name}:{number}", text_of(_json(text.rstrip(), where), field, where)
 
 
 def mapping_records(path: Path, field: str) -> Iterator[Record]:

@@ -6,7 +6,6 @@ either. In the raw table doc_id is the record's own name in its source (title, f
 
 from __future__ import annotations
 
-import glob
 import hashlib
 import itertools
 import platform
@@ -22,6 +21,7 @@ import pyarrow as pa
 
 from abf.artifacts import DOCUMENTS, write_table
 from abf.data.config import HubSource, LocalSource, PypiSource, Source, StdlibSource
+from abf.data.local import matching_files
 from abf.data.package import fetch_member
 from abf.data.records import (
     Record,
@@ -191,13 +191,12 @@ def _declared_otherwise(path: Path) -> bool:
 
 
 def _open_local(cfg: LocalSource) -> Opened:
-    pattern = Path(cfg.path)
-    if pattern.is_file():
-        files = [pattern]
-    else:
-        inside = glob.escape(cfg.path) + "/*" if pattern.is_dir() else cfg.path
-        files = sorted(Path(name) for name in glob.glob(inside, recursive=True))
-        files = [path for path in files if path.is_file()]
+    files = matching_files(cfg.path)
+    if not files and Path(cfg.path).is_dir():
+        raise DataError(
+            f"{cfg.path!r} is a folder with no file right below it; put text there, or write "
+            f"`{cfg.path}/**/*` to take the files of its subfolders"
+        )
     if not files:
         raise DataError(f"{cfg.path!r} matches no file (looked from {Path.cwd()})")
     formats = [FORMATS.get(path.suffix.lower(), "") for path in files]

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from abf.base import ConfigModel
+from abf.base import ConfigModel, Threads
 from abf.model.config import AttentionBackend
 
 
@@ -70,7 +70,7 @@ class DecoderConfig(ConfigModel):
     """Forced end of a block that makes no progress."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """`auto` is resolved once when the run is planned."""
-    threads: int = Field(default=1, ge=1)
+    threads: Threads = 1
     """CPU threads."""
     attention: AttentionBackend = "reference"
     """Attention back end of the cached forward pass."""

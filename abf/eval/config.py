@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from abf.base import ConfigModel
+from abf.base import ConfigModel, Threads
 
 
 class LikelihoodTask(ConfigModel):
@@ -38,7 +38,7 @@ class ScoringConfig(ConfigModel):
 
     precision: Literal["auto", "fp32", "bf16"] = "fp32"
     """fp32 judges models trained in different precisions alike."""
-    threads: int = Field(default=1, ge=1)
+    threads: Threads = 1
     """CPU threads."""
 
 

@@ -14,8 +14,6 @@ from typing import Any
 import pyarrow as pa
 
 from abf.artifacts import LEDGER, stage_dir, write_table
-from abf.errors import ArtifactError
-from abf.track.attempts import ATTEMPTS
 from abf.track.outcomes import attempt_outcomes
 
 CLUSTER = "local"
@@ -35,7 +33,7 @@ def build_ledger(results: Path, stage_dirs: Sequence[Path], out: Path) -> dict[s
         counts: attempts, failed, core_hours, jobs.
 
     Raises:
-        ArtifactError: an attempt record lacks a field; names the file and the field.
+        ArtifactError: a line of `attempts.jsonl` is no record; names file, line and fault.
     """
     directories = dict.fromkeys(_below(results, stage_dir(path)) for path in stage_dirs)
     rows = [row for path in directories for row in ledger_rows(path, run=_key(results, path))]
@@ -61,13 +59,7 @@ def _key(results: Path, directory: Path) -> str:
 
 def ledger_rows(directory: Path, *, run: str) -> list[dict[str, Any]]:
     """Rows (schema LEDGER) of one stage directory's attempts; `run` is its key."""
-    try:
-        return [_row(outcome) | {"run": run} for outcome in attempt_outcomes(directory)]
-    except KeyError as error:
-        raise ArtifactError(
-            f"{directory / ATTEMPTS}: a record lacks the field {error}; it was not written by this "
-            "version of abf. Move the file away to leave its attempts out of the ledger"
-        ) from error
+    return [_row(outcome) | {"run": run} for outcome in attempt_outcomes(directory)]
 
 
 def _row(outcome: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,70 +1,26 @@
 """SVG figures, one question each; deterministic, colour-blind safe, with units on the axes.
 
-Every function returns the text of an SVG document. `inline` turns it into a fragment for the page
-whose colours follow the page's light or dark scheme.
+Every function returns the text of an SVG document; `svg.inline` makes a fragment of the page of it.
 """
 
 from __future__ import annotations
 
-import io
-import re
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
+from abf.report.curves import Curve
+from abf.report.intervals import Interval
 from abf.report.metrics import BOUND, describe
-from abf.report.tables import Estimate, Interval
+from abf.report.svg import INK, PALETTE, Style, svg_text
+from abf.report.tables import Estimate
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
-PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7f6a00", "#6a51a3")
-"""Okabe and Ito's colours without yellow and black, then two more that stay apart."""
-DARK_PALETTE = (
-    "#4aa8e0",
-    "#f08a4b",
-    "#2fc79a",
-    "#e3a3ca",
-    "#f0b840",
-    "#8ccff5",
-    "#b8a53a",
-    "#a894e8",
-)
-"""The same hues, light enough for a dark page."""
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
-INK, PAPER, FAINT = "#1f2328", "#fffffe", "#8c959f"
-"""Text and axes, background, grid: replaced by the page's own colours when inlined."""
-FONT = "system-ui, -apple-system, 'Segoe UI', 'DejaVu Sans', Arial, sans-serif"
-
-_STYLE: Any = {
-    "svg.fonttype": "none",
-    "svg.hashsalt": "abf",
-    "font.family": "DejaVu Sans",
-    "font.size": 9,
-    "axes.titlesize": 9.5,
-    "axes.titleweight": "bold",
-    "axes.titlelocation": "left",
-    "axes.edgecolor": INK,
-    "axes.labelcolor": INK,
-    "axes.facecolor": "none",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": FAINT,
-    "grid.alpha": 0.3,
-    "grid.linewidth": 0.6,
-    "text.color": INK,
-    "xtick.color": INK,
-    "ytick.color": INK,
-    "figure.facecolor": PAPER,
-    "savefig.facecolor": PAPER,
-    "legend.frameon": False,
-    "lines.linewidth": 1.6,
-}
 
 
 def colours(arms: Sequence[str]) -> dict[str, str]:
@@ -73,17 +29,17 @@ def colours(arms: Sequence[str]) -> dict[str, str]:
 
 
 def bits_figure(
-    rows: Mapping[str, Sequence[Estimate]], arms: Sequence[str], *, base: float | None
+    rows: Mapping[str, Sequence[Estimate]], arms: Sequence[str], *, base: Sequence[float]
 ) -> str:
     """How well does each arm model held-out text?
 
     Args:
         rows: metric -> estimates, one panel each (bits per byte).
         arms: order from top to bottom.
-        base: the base model's figure, drawn where it can be compared.
+        base: figures of the base models, drawn where they can be compared.
     """
     paint = colours(arms)
-    with _Style() as plt:
+    with Style() as plt:
         count = max(len(rows), 1)
         figure, axes = plt.subplots(
             1, count, figsize=(9.2, 1.25 + 0.42 * len(arms)), sharey=True, squeeze=False
@@ -98,19 +54,29 @@ def bits_figure(
                 _bar(axis, estimate.over_documents, y, colour, width=1.2, alpha=1)
                 _bar(axis, estimate.over_seeds, y, colour, width=7.0, alpha=0.45)
                 axis.plot([estimate.mean], [y], "|", ms=13, mew=2, color=colour)
-            if base is not None and metric != BOUND:
-                axis.axvline(base, color=INK, lw=1, ls=":")
-                axis.annotate(
-                    "base", (base, 1), xycoords=("data", "axes fraction"), xytext=(3, -9),
-                    textcoords="offset points", fontsize=8,
-                )  # fmt: skip
+            if metric != BOUND:
+                _levels(axis, base)
             axis.set_title(describe(metric).label)
-            axis.set_xlabel("bits per byte")
+            axis.set_xlabel(f"bits per byte{'; cuts free, so no base' if metric == BOUND else ''}")
             axis.locator_params(axis="x", nbins=5)
             axis.grid(axis="y", visible=False)
         axes[0][0].set_yticks(range(len(arms)), arms)
         axes[0][0].set_ylim(len(arms) - 0.5, -0.5)
-        return _svg(figure)
+        return svg_text(figure)
+
+
+def _levels(axis: Axes, levels: Sequence[float], *, upright: bool = True) -> None:
+    """Dotted lines where the base models are."""
+    for level in levels:
+        draw = axis.axvline if upright else axis.axhline
+        draw(level, color=INK, lw=1, ls=":")
+        at, where = ((level, 1), ("data", "axes fraction"))
+        if not upright:
+            at, where = ((0, level), ("axes fraction", "data"))
+        axis.annotate(
+            "base", at, xycoords=where, xytext=(3, -9 if upright else 3),
+            textcoords="offset points", fontsize=8,
+        )  # fmt: skip
 
 
 def _bar(
@@ -131,7 +97,7 @@ def parallelism_figure(
         decoders: order of the markers.
     """
     paint = colours(arms)
-    with _Style() as plt:
+    with Style() as plt:
         figure, axis = plt.subplots(figsize=(7.4, 4.3))
         for arm in arms:
             points = [
@@ -183,7 +149,7 @@ def parallelism_figure(
         first = axis.legend(handles=arm_keys, title="arm", bbox_to_anchor=(1.02, 1), **place)
         axis.add_artist(first)
         axis.legend(handles=decoder_keys, title="decoder", bbox_to_anchor=(1.02, 0.5), **place)
-        return _svg(figure)
+        return svg_text(figure)
 
 
 def _span(shown: Sequence[Estimate]) -> tuple[float, float]:
@@ -200,21 +166,21 @@ def _arms_of_bar(mean: float, interval: Interval | None) -> NDArray[np.float64] 
     return np.clip([[mean - interval.low], [interval.high - mean]], 0, None)
 
 
-Curve = tuple[NDArray[np.float64], NDArray[np.float64]]
-"""Clean tokens, value."""
-
-
 def training_figure(
-    panels: Mapping[str, Mapping[str, Mapping[int, Curve]]], arms: Sequence[str]
+    panels: Mapping[str, Mapping[str, Mapping[int, Curve]]],
+    arms: Sequence[str],
+    *,
+    levels: Mapping[str, Sequence[float]],
 ) -> str:
     """Does every arm train, and equally steadily over seeds?
 
     Args:
-        panels: panel title with unit -> arm -> seed -> curve.
+        panels: panel title -> arm -> seed -> curve, nats per token.
         arms: order of the colours.
+        levels: panel title -> what the base models had reached.
     """
     paint = colours(arms)
-    with _Style() as plt:
+    with Style() as plt:
         count = max(len(panels), 1)
         figure, axes = plt.subplots(1, count, figsize=(9.2, 3.4), squeeze=False)
         for axis, (title, by_arm) in zip(axes[0], panels.items(), strict=False):
@@ -227,7 +193,9 @@ def training_figure(
                 mean = _mean_curve(list(by_seed.values()))
                 if mean is not None:
                     axis.plot(*mean, color=paint[arm], lw=1.8, label=arm)
-            _cut_the_start(axis, ends)
+            known = levels.get(title, ())
+            _cut_the_start(axis, ends, known)
+            _levels(axis, known, upright=False)
             axis.set_title(title)
             axis.set_xlabel("clean tokens")
             axis.xaxis.set_major_formatter(plt.FuncFormatter(_short_number))
@@ -235,12 +203,14 @@ def training_figure(
         axes[0][0].set_ylabel("nats per token")
         handles = [plt.Line2D([], [], color=paint[arm], lw=1.8, label=arm) for arm in arms]
         axes[0][-1].legend(handles=handles, loc="upper left", bbox_to_anchor=(1.0, 1.0))
-        return _svg(figure)
+        return svg_text(figure)
 
 
-def _cut_the_start(axis: Axes, curves: Sequence[NDArray[np.float64]]) -> None:
+def _cut_the_start(
+    axis: Axes, curves: Sequence[NDArray[np.float64]], levels: Sequence[float]
+) -> None:
     """The first values dwarf everything else: show the range of the rest, and the fall into it."""
-    rest = np.concatenate([curve[len(curve) // 10 :] for curve in curves])
+    rest = np.concatenate([*(curve[len(curve) // 10 :] for curve in curves), levels])
     low, high = float(rest.min()), float(rest.max())
     margin = 0.05 * (high - low) or 0.1
     axis.set_ylim(low - margin, high + margin)
@@ -276,7 +246,7 @@ def block_length_figure(lengths: Mapping[str, NDArray[np.int64]], arms: Sequence
     paint = colours(arms)
     arms = [arm for arm in arms if arm in lengths]
     longest = max((int(found.max()) for found in lengths.values() if len(found)), default=1)
-    with _Style() as plt:
+    with Style() as plt:
         figure, axes = plt.subplots(
             len(arms), 1, figsize=(7.4, 0.7 + 1.15 * len(arms)), sharex=True, squeeze=False
         )
@@ -296,58 +266,4 @@ def block_length_figure(lengths: Mapping[str, NDArray[np.int64]], arms: Sequence
         axes[len(arms) // 2][0].set_ylabel("share of blocks (%)")
         axes[-1][0].set_xlabel("tokens per block")
         figure.subplots_adjust(hspace=0.55)
-        return _svg(figure)
-
-
-# --- SVG ----------------------------------------------------------------------------------------
-
-
-class _Style:
-    """Our settings of matplotlib, without a display, for the length of a `with`."""
-
-    def __enter__(self) -> Any:
-        import matplotlib
-
-        matplotlib.use("Agg")
-        import matplotlib.pyplot as plt
-
-        self._context = plt.rc_context(_STYLE)
-        self._context.__enter__()
-        return plt
-
-    def __exit__(self, *error: Any) -> None:
-        self._context.__exit__(*error)
-
-
-def _svg(figure: Figure) -> str:
-    import matplotlib.pyplot as plt
-
-    stream = io.StringIO()
-    nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
-    figure.savefig(stream, format="svg", bbox_inches="tight", pad_inches=0.06, metadata=nothing)
-    plt.close(figure)
-    # The page's own fonts, so that text looks the same in and outside figures.
-    return re.sub(r"font-family: [^;\"]*", f"font-family: {FONT}", stream.getvalue())
-
-
-def inline(svg: str, name: str) -> str:
-    """An SVG document as a fragment of the page.
-
-    Ids get the figure's name in front (a page has many figures), width and height are dropped so
-    that it scales, and colours become the page's variables.
-    """
-    svg = svg[svg.index("<svg") :]
-    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
-    svg = re.sub(r"<style[^>]*>.*?</style>", "", svg, flags=re.DOTALL)
-    width = re.search(r'<svg[^>]* width="([0-9.]+)pt"', svg)
-    svg = re.sub(r'(<svg[^>]*?) width="[^"]*" height="[^"]*"', r"\1", svg, count=1)
-    svg = re.sub(r'\bid="([^"]+)"', rf'id="{name}-\1"', svg)
-    svg = re.sub(r'xlink:href="#([^"]+)"', rf'href="#{name}-\1"', svg)
-    svg = re.sub(r"url\(#([^)]+)\)", rf"url(#{name}-\1)", svg)
-    svg = re.sub(r' xmlns(:xlink)?="[^"]*"', "", svg)
-    for colour, variable in ((INK, "ink"), (PAPER, "paper"), (FAINT, "faint")):
-        svg = svg.replace(colour, f"var(--{variable})")
-    for index, colour in enumerate(PALETTE):
-        svg = svg.replace(colour, f"var(--c{index})")
-    size = f"{float(width.group(1)) * 4 / 3:.0f}px" if width else "100%"
-    return svg.replace("<svg", f'<svg role="img" style="width:100%;max-width:{size}"', 1)
+        return svg_text(figure)

@@ -32,7 +32,9 @@ class ReportCell:
     score: Path
     """Holds scores.parquet and documents.parquet."""
     pack: Path
-    """Holds packed/train.arrow."""
+    """Holds packed/train.arrow and packed/heldout.pieces.parquet."""
+    base: Path
+    """Stage directory of the base model; holds journal.jsonl if it was trained here."""
     decodes: Mapping[str, Path] = field(default_factory=dict)
     """Decoder name -> stage directory with samples.parquet and trace.arrows."""
 

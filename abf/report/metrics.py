@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from abf.report.intervals import ERROR, PLAIN, RATE, SHARE, Scale
+
 
 class MetricText(NamedTuple):
     """Words for one metric."""
@@ -21,9 +23,14 @@ TPF = "tokens_per_forward"
 SPEED = "tokens_per_second"
 FLOPS = "forward_flops_per_token"
 JOULES = "joules_per_token"
+NOISE = "bound_monte_carlo_error"
+CUT_BITS = "boundary_bits_per_block"
+BLOCK_LENGTH = "mean_block_length"
 
-HEADLINE = (BASE, AR, BOUND, BOUND_CUTS)
+HEADLINE = (BLOCK_LENGTH, AR, BOUND, BOUND_CUTS, CUT_BITS)
 """Columns of the table of held-out text."""
+NOISY = (BOUND, BOUND_CUTS)
+"""Bounds that are estimated from noise draws; NOISE is their standard error."""
 COMPARED = (AR, BOUND, BOUND_CUTS)
 """What arms are compared by, pair by pair, and shown in a figure."""
 DECODING = (TPF, BASE, "distinct_2", "repeated_4", SPEED, FLOPS, JOULES)
@@ -38,9 +45,25 @@ _TEXTS = {
     SPEED: MetricText("Speed here", "higher"),
     FLOPS: MetricText("Modelled work", "lower"),
     JOULES: MetricText("Energy", "lower"),
+    CUT_BITS: MetricText("Boundary bits", "lower"),
+    BLOCK_LENGTH: MetricText("Mean block"),
     "distinct_2": MetricText("Distinct 2-grams"),
     "repeated_4": MetricText("Repeated 4-grams"),
 }
+
+_RATES = (
+    *("tokens/s", "J/token", "FLOP/token", "rows/token"),
+    *("tokens/forward", "forwards/request", "tokens/request"),
+)
+
+
+def scale_of(metric: str, unit: str) -> Scale:
+    """Scale on which a metric is averaged over seeds."""
+    if metric == NOISE:
+        return ERROR
+    if unit == "share":
+        return SHARE
+    return RATE if unit in _RATES else PLAIN
 
 
 def describe(metric: str, *, generated: bool = False) -> MetricText:

@@ -10,18 +10,36 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from abf.artifacts import DOCUMENT_SCORES, LEDGER, METRICS, SCORES, read_table
+from abf.artifacts import DOCUMENT_SCORES, LEDGER, SCORES, read_table
 from abf.data.tokenizer import load_tokenizer
 from abf.errors import ArtifactError
 from abf.files import write_text
-from abf.report import figures, text
+from abf.report import figures, svg, text
+from abf.report.bases import base_names, base_scores
 from abf.report.blocks import read_block_lengths
-from abf.report.costs import SHARED, Cost, costs, total
+from abf.report.costs import SHARED, Cost, costs, owners, side_by_side, total
+from abf.report.coverage import coverage, heldout_documents
+from abf.report.curves import (
+    TITLES,
+    Training,
+    training_of_bases,
+    training_of_cells,
+    training_panels,
+)
 from abf.report.generations import read_generations
 from abf.report.inputs import ReportCell, ReportPlan
-from abf.report.metrics import BASE, BOUND, COMPARED, DECODING, HEADLINE, TPF, describe
+from abf.report.metrics import (
+    AR,
+    BASE,
+    BOUND,
+    COMPARED,
+    DECODING,
+    HEADLINE,
+    NOISE,
+    NOISY,
+    TPF,
+    describe,
+)
 from abf.report.tables import (
     CellScores,
     Estimate,
@@ -32,13 +50,6 @@ from abf.report.tables import (
 )
 
 Found = Mapping[tuple[str, Key], Estimate]
-
-TRAINING_PANELS = {
-    "nelbo": "Block bound (noisy stream)",
-    "ar": "AR loss (clean stream)",
-    "length": "Block length",
-}
-"""Journal metrics that get a panel, if any arm has them."""
 
 
 def build_report(plan: ReportPlan, out: Path) -> dict[str, Any]:
@@ -53,15 +64,19 @@ def build_report(plan: ReportPlan, out: Path) -> dict[str, Any]:
     if not plan.cells:
         raise ArtifactError(f"study {plan.study} has no cell: there is nothing to report")
     arms = list(dict.fromkeys(cell.arm for cell in plan.cells))
+    names = base_names(plan.cells)
+    bases = list(names.values())
     scores = [_read_scores(cell) for cell in plan.cells]
+    scores = [*base_scores(plan.cells, scores, names), *scores]
     ledger = read_table(plan.ledger / "ledger.parquet", LEDGER).to_pylist()
-    spent = costs(ledger, _owners(plan.cells))
+    spent = costs(ledger, owners(plan.cells, names))
     cfg = plan.config
     found = estimates(scores, confidence=cfg.confidence, resamples=cfg.bootstrap)
     entered, left_out = admit(found, lambda arm: total(spent, arm).attempts > 0)
-    drawn = _figures(plan, entered, arms)
-    for name, svg in drawn.items():
-        write_text(out / "figures" / f"{name}.svg", svg)
+    taught = training_of_bases(names)
+    drawn = _figures(plan, entered, arms, taught)
+    for name, drawing in drawn.items():
+        write_text(out / "figures" / f"{name}.svg", drawing)
     generations = _generations(plan, arms)
     compared = dict.fromkeys(key for _, key in entered if key.metric in COMPARED)
     gaps = [
@@ -73,29 +88,35 @@ def build_report(plan: ReportPlan, out: Path) -> dict[str, Any]:
         plan=plan,
         arms=arms,
         confidence=f"{100 * cfg.confidence:g} %",
-        palette={"light": figures.PALETTE, "dark": figures.DARK_PALETTE},
-        colour={arm: f"var(--c{i % len(figures.PALETTE)})" for i, arm in enumerate(arms)},
+        palette={"light": svg.PALETTE, "dark": svg.DARK_PALETTE},
+        colour={arm: f"var(--c{i % len(svg.PALETTE)})" for i, arm in enumerate(arms)},
         seeds=sorted({cell.seed for cell in plan.cells}),
-        headline=_headline(entered, arms, spent),
+        headline=_headline(entered, [*bases, *arms], spent),
+        bases=bases,
+        scored=_scored(plan, scores),
         gaps=[
             (
                 gap,
                 describe(gap.key.metric),
                 text.cost_text(total(spent, gap.arm, gap.baseline)),
-                text.difference_text(gap),
+                text.difference_text(gap, cfg.confidence),
             )
             for gap in gaps
         ],
+        shown=sum(gap.separated(cfg.confidence) for gap in gaps),
         decoding=_decoding(entered, arms, spent),
+        beside=side_by_side(ledger, "decode"),
+        taught=taught,
+        trained=training_of_cells(plan.cells),
         everything=[
             (e, text.estimate_text(e), text.cost_text(total(spent, e.arm)))
             for e in entered.values()
         ],
         left_out=left_out,
-        figures={name: figures.inline(svg, name) for name, svg in drawn.items()},
+        figures={name: svg.inline(drawing, name) for name, drawing in drawn.items()},
         generations=generations,
         spent=spent,
-        sums=[total(spent, arm) for arm in [*arms, SHARED] if total(spent, arm).rows],
+        sums=[total(spent, arm) for arm in [*bases, *arms, SHARED] if total(spent, arm).rows],
         total=total(spent),
         text=text,
     )
@@ -120,26 +141,6 @@ def _read_scores(cell: ReportCell) -> CellScores:
     )
 
 
-def _owners(cells: Sequence[ReportCell]) -> dict[tuple[str, str], str]:
-    """(rule, run key) -> arm, for directories that one arm alone uses."""
-    users: dict[tuple[str, str], set[str]] = {}
-    for cell in cells:
-        own = [("pack", cell.pack), ("train", cell.train), ("score", cell.score)]
-        own += [("decode", directory) for directory in cell.decodes.values()]
-        for stage, directory in own:
-            users.setdefault((stage, _key(stage, directory)), set()).add(cell.arm)
-    order = list(dict.fromkeys(cell.arm for cell in cells))
-    single = {name: next(iter(arms)) for name, arms in users.items() if len(arms) == 1}
-    return dict(sorted(single.items(), key=lambda item: order.index(item[1])))
-
-
-def _key(stage: str, directory: Path) -> str:
-    """`{key}` of `results/{stage}/{key}`, as the ledger has it; a key may have several parts."""
-    parts = directory.parts
-    at = len(parts) - parts[::-1].index(stage) if stage in parts else len(parts) - 1
-    return "/".join(parts[at:])
-
-
 # --- tables -------------------------------------------------------------------------------------
 
 
@@ -148,6 +149,17 @@ def _headline(found: Found, arms: Sequence[str], spent: Sequence[Cost]) -> list[
     tasks = dict.fromkeys((k.task, k.task_version) for _, k in found if k.metric in COMPARED)
     lines = [(arm, "") for arm in arms]
     return [_table(found, task, version, HEADLINE, lines, spent) for task, version in tasks]
+
+
+def _scored(plan: ReportPlan, scores: Sequence[CellScores]) -> dict[str, Any]:
+    """Task -> documents that every cell scored, of those held out, by source."""
+    heldout = heldout_documents(plan.cells[0].pack)
+    tasks = dict.fromkeys(row["task"] for cell in scores for row in cell.documents)
+    found = {}
+    for task in tasks:
+        of_cells = [{r["document"] for r in cell.documents if r["task"] == task} for cell in scores]
+        found[task] = coverage(set.intersection(*filter(None, of_cells)), heldout)
+    return found
 
 
 def _decoding(found: Found, arms: Sequence[str], spent: Sequence[Cost]) -> list[dict[str, Any]]:
@@ -176,10 +188,12 @@ def _table(
         for metric in metrics
     }
     measured = [m for m, cells in by_metric.items() if any(c and c.values for c in cells)]
-    rows = [
-        _row(arm, [by_metric[metric][at] for metric in measured], spent) | {"decoder": name}
-        for at, (arm, name) in enumerate(lines)
-    ]
+    rows = []
+    for at, (arm, name) in enumerate(lines):
+        noise = found.get((arm, Key(task, version, name, NOISE)))
+        cells = {m: by_metric[m][at] for m in measured}
+        texts = [text.estimate_text(e, noise if m in NOISY else None) for m, e in cells.items()]
+        rows.append(_row(arm, [*cells.values()], spent) | {"cells": texts, "decoder": name})
     return {
         "task": task,
         "version": version,
@@ -206,7 +220,6 @@ def _row(arm: str, cells: Sequence[Estimate | None], spent: Sequence[Cost]) -> d
     documents = sorted({cell.documents for cell in present if cell.documents})
     return {
         "arm": arm,
-        "cells": [text.estimate_text(cell) for cell in cells],
         "seeds": max((len(cell.values) for cell in present), default=0),
         "documents": "\N{EN DASH}".join(str(n) for n in (documents[:1] + documents[1:][-1:])),
         "cost": text.cost_text(total(spent, arm)),
@@ -216,18 +229,23 @@ def _row(arm: str, cells: Sequence[Estimate | None], spent: Sequence[Cost]) -> d
 # --- figures and generations --------------------------------------------------------------------
 
 
-def _figures(plan: ReportPlan, found: Found, arms: Sequence[str]) -> dict[str, str]:
+def _figures(
+    plan: ReportPlan, found: Found, arms: Sequence[str], taught: Sequence[Training]
+) -> dict[str, str]:
     """Figure name -> SVG, those that there is something to show for."""
     drawn = {}
     bits = {
-        metric: [e for e in found.values() if e.key.metric == metric and e.values]
+        metric: [
+            e for (arm, k), e in found.items() if k.metric == metric and e.values and arm in arms
+        ]
         for metric in COMPARED
     }
     bits = {metric: members for metric, members in bits.items() if members}
     if bits:
-        reference = [e.mean for (_, k), e in found.items() if k.metric == BASE and not k.decoder]
-        base = reference[0] if len(set(reference)) == 1 else None
-        drawn["bits_per_byte"] = figures.bits_figure(bits, arms, base=base)
+        levels = [
+            e.mean for (arm, k), e in found.items() if k.metric == AR and arm not in arms and e.mean
+        ]
+        drawn["bits_per_byte"] = figures.bits_figure(bits, arms, base=levels)
     pairs = [
         (e, found[arm, quality])
         for (arm, key), e in found.items()
@@ -236,9 +254,11 @@ def _figures(plan: ReportPlan, found: Found, arms: Sequence[str]) -> dict[str, s
     if pairs:
         decoders = list(dict.fromkeys(x.key.decoder for x, _ in pairs))
         drawn["quality_parallelism"] = figures.parallelism_figure(pairs, arms, decoders)
-    panels = _training_panels(plan.cells)
+    panels = training_panels(plan.cells)
     if panels:
-        drawn["training"] = figures.training_figure(panels, arms)
+        titled = {TITLES[name]: by_arm for name, by_arm in panels.items()}
+        levels = {TITLES["ar"]: [base.loss for base in taught]}
+        drawn["training"] = figures.training_figure(titled, arms, levels=levels)
     packs = {cell.arm: cell.pack for cell in reversed(plan.cells)}
     # An AR arm is packed like any other, but its blocks mean nothing to it.
     with_blocks = {arm for (arm, key), e in found.items() if key.metric == BOUND and e.values}
@@ -249,23 +269,6 @@ def _figures(plan: ReportPlan, found: Found, arms: Sequence[str]) -> dict[str, s
     }
     drawn["block_lengths"] = figures.block_length_figure(lengths, arms)
     return drawn
-
-
-def _training_panels(
-    cells: Sequence[ReportCell],
-) -> dict[str, dict[str, dict[int, figures.Curve]]]:
-    panels: dict[str, dict[str, dict[int, figures.Curve]]] = {}
-    for cell in cells:
-        table = read_table(cell.train / "metrics.parquet", METRICS)
-        names = np.asarray(table["name"].to_pylist(), dtype=object)
-        tokens, values = table["tokens"].to_numpy(), table["value"].to_numpy()
-        for name, title in TRAINING_PANELS.items():
-            mine = names == name
-            if mine.any():
-                order = np.argsort(tokens[mine], kind="stable")
-                curve = (tokens[mine][order].astype(float), values[mine][order])
-                panels.setdefault(title, {}).setdefault(cell.arm, {})[cell.seed] = curve
-    return {title: panels[title] for title in TRAINING_PANELS.values() if title in panels}
 
 
 def _generations(plan: ReportPlan, arms: Sequence[str]) -> dict[str, dict[str, list[Any]]]:

@@ -2,30 +2,22 @@
 
 The interval over seeds (Student's t, n = seeds) says how far another training run may land; the
 interval over documents (bootstrap, the same resampled documents for every seed and arm) says how
-far another held-out text may move the figure. Pure functions of dictionaries and arrays.
+far another held-out text may move the figure. Noise is drawn for every document by itself, so the
+second contains the Monte-Carlo error of a bound; the first does not, for all seeds share the noise.
+Pure functions of dictionaries and arrays.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from abf.report.metrics import MetricText, describe
-
-
-class Interval(NamedTuple):
-    """Lower and upper end."""
-
-    low: float
-    high: float
-
-    def excludes_zero(self) -> bool:
-        """Whether 0 lies outside."""
-        return self.low > 0 or self.high < 0
+from abf.report.intervals import ERROR, Interval, holm, percentiles, seed_interval, t_test
+from abf.report.metrics import MetricText, describe, scale_of
 
 
 class Key(NamedTuple):
@@ -57,8 +49,9 @@ class Estimate:
 
     @property
     def mean(self) -> float | None:
-        """Mean over seeds."""
-        return float(np.mean(list(self.values.values()))) if self.values else None
+        """Mean over seeds, on the scale of the metric."""
+        values = list(self.values.values())
+        return float(scale_of(self.key.metric, self.unit).mean(values)) if values else None
 
     @property
     def text(self) -> MetricText:
@@ -79,12 +72,20 @@ class Difference:
     over_seeds: Interval | None
     over_documents: Interval | None
     documents: int
+    p: float | None
+    """Larger of the two-sided p over seeds and over documents: a difference must outlast both.
+    None where one of them cannot be told."""
+    p_adjusted: float | None = None
+    """The same after Holm, for all differences that are looked at together."""
 
-    @property
-    def separated(self) -> bool:
-        """Whether both intervals exist and exclude 0."""
+    def separated(self, confidence: float) -> bool:
+        """Whether both intervals exclude 0 and the adjusted p is small enough."""
         both = (self.over_seeds, self.over_documents)
-        return all(interval is not None and interval.excludes_zero() for interval in both)
+        return (
+            all(interval is not None and interval.excludes_zero() for interval in both)
+            and self.p_adjusted is not None
+            and self.p_adjusted <= 1 - confidence
+        )
 
 
 Parts = Mapping[str, tuple[float, float]]
@@ -116,15 +117,17 @@ def estimates(
     for (arm, key), members in rows.items():
         values = {seed: row["value"] for seed, row in members if row["value"] is not None}
         ratios = resampled_ratios(_parts_of(parts, arm, key, values), resamples)
+        unit = members[0][1]["unit"]
+        scale = scale_of(key.metric, unit)
         found[arm, key] = Estimate(
             arm=arm,
             key=key,
-            unit=members[0][1]["unit"],
+            unit=unit,
             values=values,
-            over_seeds=seed_interval(list(values.values()), confidence),
+            over_seeds=seed_interval(list(values.values()), confidence, scale),
             over_documents=None
             if ratios is None
-            else percentiles(ratios.draws.mean(axis=1), confidence),
+            else percentiles(scale.mean(ratios.draws, axis=1), confidence),
             documents=0 if ratios is None else ratios.documents,
             notes=tuple(dict.fromkeys(row["note"] for _, row in members if row["note"])),
         )
@@ -138,7 +141,10 @@ def differences(
     confidence: float,
     resamples: int,
 ) -> list[Difference]:
-    """Every arm minus every arm before it, over the seeds and documents both have."""
+    """Every arm minus every arm before it, over the seeds and documents both have.
+
+    The adjusted p-values are for all the differences that are returned.
+    """
     known = estimates(cells, confidence=confidence, resamples=resamples)
     parts = document_parts(cells)
     arms = list(dict.fromkeys(cell.arm for cell in cells))
@@ -153,27 +159,37 @@ def differences(
                 if not seeds:
                     continue
                 gaps = [one.values[seed] - two.values[seed] for seed in seeds]
+                mean = float(np.mean(gaps))
                 mine = _parts_of(parts, arm, key, seeds)
                 ratios = resampled_ratios(mine + _parts_of(parts, baseline, key, seeds), resamples)
-                over_documents = None
+                over_documents, p = None, None
                 if ratios is not None:
                     half = len(mine)
-                    draws = ratios.draws[:, :half] - ratios.draws[:, half:]
-                    over_documents = percentiles(draws.mean(axis=1), confidence)
+                    draws = (ratios.draws[:, :half] - ratios.draws[:, half:]).mean(axis=1)
+                    over_documents = percentiles(draws, confidence)
+                    if len(gaps) > 1 and np.isfinite(draws).all():
+                        seed_error = float(np.std(gaps, ddof=1)) / len(gaps) ** 0.5
+                        p = max(
+                            t_test(mean, seed_error, len(gaps) - 1),
+                            t_test(mean, float(np.std(draws, ddof=1)), ratios.documents - 1),
+                        )
                 found.append(
                     Difference(
                         arm=arm,
                         baseline=baseline,
                         key=key,
                         unit=one.unit,
-                        mean=float(np.mean(gaps)),
+                        mean=mean,
                         seeds=len(seeds),
                         over_seeds=seed_interval(gaps, confidence),
                         over_documents=over_documents,
                         documents=0 if ratios is None else ratios.documents,
+                        p=p,
                     )
                 )
-    return found
+    tested = [gap.p for gap in found if gap.p is not None]
+    adjusted = iter(holm(tested))
+    return [gap if gap.p is None else replace(gap, p_adjusted=next(adjusted)) for gap in found]
 
 
 def _key(row: Mapping[str, Any]) -> Key:
@@ -229,39 +245,20 @@ def resampled_ratios(members: Sequence[Parts], resamples: int) -> Resampled | No
         return Resampled(numerator / denominator, len(names))
 
 
-def percentiles(draws: NDArray[np.float64], confidence: float) -> Interval | None:
-    """Middle `confidence` of the draws; None if no draw has a denominator."""
-    draws = draws[np.isfinite(draws)]
-    if not len(draws):
-        return None
-    low, high = np.quantile(draws, [(1 - confidence) / 2, (1 + confidence) / 2])
-    return Interval(float(low), float(high))
-
-
-def seed_interval(values: Sequence[float], confidence: float) -> Interval | None:
-    """Student's t interval of the mean; None for fewer than two values."""
-    if len(values) < 2:
-        return None
-    from scipy.stats import t
-
-    half = float(t.ppf((1 + confidence) / 2, len(values) - 1))
-    half *= float(np.std(values, ddof=1)) / len(values) ** 0.5
-    mean = float(np.mean(values))
-    return Interval(mean - half, mean + half)
-
-
 def admit(
     found: Mapping[tuple[str, Key], Estimate], has_cost: Callable[[str], bool]
 ) -> tuple[dict[tuple[str, Key], Estimate], list[tuple[Estimate, str]]]:
     """Estimates that may enter the report, and those that may not with the reason.
 
-    A figure enters with its seed count, an interval, its task version and its cost. A figure that
-    was not measured enters as such.
+    A figure enters with its seed count, an interval, its task version and its cost; a standard
+    error needs no interval of its own. A figure that was not measured enters as such.
     """
     entered, left_out = {}, []
     for name, estimate in found.items():
         reason = ""
-        if estimate.values and not (estimate.over_seeds or estimate.over_documents):
+        is_error = scale_of(estimate.key.metric, estimate.unit) is ERROR
+        bare = not (is_error or estimate.over_seeds or estimate.over_documents)
+        if estimate.values and bare:
             reason = "no interval: one seed, and no parts by document"
         elif estimate.values and not has_cost(estimate.arm):
             reason = "no cost on record for this arm"

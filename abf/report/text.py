@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 
 from abf.report.costs import Cost
-from abf.report.tables import Difference, Estimate, Interval
+from abf.report.intervals import Interval
+from abf.report.tables import Difference, Estimate
 
 NOT_MEASURED = "not measured"
+NONE = "\N{EN DASH}"
 MOST_PLACES = 6
 
 
@@ -38,15 +40,17 @@ def number(value: float | None, places: int) -> str:
 def interval(found: Interval | None, places: int) -> str:
     """`[low, high]`, or a dash where there is none."""
     if found is None:
-        return "\N{EN DASH}"
+        return NONE
     return f"[{number(found.low, places)}, {number(found.high, places)}]"
 
 
-def estimate_text(estimate: Estimate | None) -> dict[str, str]:
-    """Mean and both intervals as text."""
-    note = "; ".join(estimate.notes) if estimate else ""
-    if estimate is None or estimate.mean is None or not math.isfinite(estimate.mean):
-        return {"mean": NOT_MEASURED, "note": note, "seeds": "", "documents": ""}
+def estimate_text(estimate: Estimate | None, noise: Estimate | None = None) -> dict[str, str]:
+    """Mean, both intervals, and the Monte-Carlo error of an estimated bound as text."""
+    if estimate is None:
+        return {"mean": NONE, "note": "", "seeds": "", "documents": "", "noise": ""}
+    note = "; ".join(estimate.notes)
+    if estimate.mean is None or not math.isfinite(estimate.mean):
+        return {"mean": NOT_MEASURED, "note": note, "seeds": "", "documents": "", "noise": ""}
     size, suffix = _scale(estimate.mean)
     mean = estimate.mean / size
     seeds, documents = (
@@ -58,8 +62,16 @@ def estimate_text(estimate: Estimate | None) -> dict[str, str]:
         "mean": number(mean, places) + suffix,
         "seeds": _seeds(seeds, len(estimate.values), places),
         "documents": interval(documents, places),
+        "noise": "" if noise is None else _error(noise.mean),
         "note": note,
     }
+
+
+def _error(value: float | None) -> str:
+    """A standard error with two digits."""
+    if value is None:
+        return NOT_MEASURED
+    return f"±{number(value, decimals(0.0, Interval(-value, value)))}"
 
 
 def _seeds(found: Interval | None, n: int, places: int) -> str:
@@ -76,25 +88,38 @@ def _scale(value: float) -> tuple[float, str]:
     return 1.0, ""
 
 
-def difference_text(difference: Difference) -> dict[str, str]:
-    """Mean difference with sign, both intervals, and what they allow to say."""
+def difference_text(difference: Difference, confidence: float) -> dict[str, str]:
+    """Mean difference with sign, both intervals, the adjusted p, and what they allow to say."""
     places = decimals(difference.mean, difference.over_seeds, difference.over_documents)
     sign = "+" if difference.mean > 0 else ""
-    verdict = "no difference shown"
-    if difference.separated:
+    verdict = "none"
+    if difference.separated(confidence):
         verdict = "higher" if difference.mean > 0 else "lower"
     return {
         "mean": sign + number(difference.mean, places),
         "seeds": interval(difference.over_seeds, places),
         "documents": interval(difference.over_documents, places),
+        "p": probability(difference.p_adjusted),
         "verdict": verdict,
     }
+
+
+def probability(p: float | None) -> str:
+    """A p-value with two digits; a dash where there is none."""
+    if p is None:
+        return NONE
+    return "< 0.001" if p < 0.001 else f"{p:#.2g}"
+
+
+def share(part: int, whole: int) -> str:
+    """`12 of 34 (35 %)`."""
+    return f"{part:,} of {whole:,}" + (f" ({100 * part / whole:.0f} %)" if whole else "")
 
 
 def hours(value: float | None) -> str:
     """Hours with three digits; a dash where there are none."""
     if value is None:
-        return "\N{EN DASH}"
+        return NONE
     return f"{value:.3g}" if value < 1000 else f"{value:,.0f}"
 
 

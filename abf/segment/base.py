@@ -65,7 +65,7 @@ class Segments:
 
 
 class SegmenterLike(Protocol):
-    """A segmenter: `build(cfg, reference=..., tokens=...)` of the module named by its kind."""
+    """A segmenter: what `build(cfg, tokens=, reference=, max_block=)` of its kind returns."""
 
     def donors(self, slots: IntArray) -> IntArray:
         """Whose reference each document of a shard is given: its number in the shard.
@@ -93,13 +93,19 @@ class OwnReference:
 
 
 def segment(
-    cfg: Segmenter, documents: Path, tokens: Path, out: Path, reference: Path | None
+    cfg: Segmenter,
+    documents: Path,
+    tokens: Path,
+    out: Path,
+    reference: Path | None = None,
+    max_block: int | None = None,
 ) -> dict[str, int | float | str]:
     """Write `out`/segments/{split}-*.parquet (SEGMENTS), one file for each file of tokens.
 
     Args:
         documents, tokens: stage directories of `prepare` and `tokenize`.
         reference: stage directory of `segment` for `cfg.like`, where the kind has it.
+        max_block: longest block S, known where there is a reference.
 
     Returns:
         Split by split: documents, text tokens, segments and their mean length in slots; with a
@@ -108,7 +114,7 @@ def segment(
     Raises:
         ArtifactError: the inputs hold different documents.
     """
-    segmenter: SegmenterLike = build(cfg, tokens=tokens, reference=reference)
+    segmenter: SegmenterLike = build(cfg, tokens=tokens, reference=reference, max_block=max_block)
     files = {split: shards(tokens / "tokens", split) for split in SPLITS}
     total = sum(pq.read_metadata(path).num_rows for paths in files.values() for path in paths)
     counts: dict[str, int | float | str] = {}
@@ -151,13 +157,22 @@ def document_slots(tokens: Path, split: str) -> IntArray:
     return np.concatenate(lengths).astype(np.int64) + 1
 
 
-def count_segments(stage: Path, split: str) -> int:
-    """Segments in a split of a `segment` stage directory."""
-    return sum(
-        len(chunk.flatten())
+def segment_lengths(stage: Path, slots: IntArray, split: str) -> IntArray:
+    """Lengths of all segments in a split of a `segment` stage directory.
+
+    Args:
+        slots: slots of every document of the split, in order.
+    """
+    starts = [
+        chunk
         for path in shards(stage / "segments", split)
         for chunk in read_table(path, SEGMENTS).column("segment_start").chunks
-    )
+    ]
+    per_document = np.concatenate([chunk.value_lengths().to_numpy() for chunk in starts])
+    start = np.concatenate([chunk.flatten().to_numpy() for chunk in starts]).astype(np.int64)
+    # On one line of all documents, a segment ends where the next one starts.
+    start += np.repeat(np.cumsum(slots) - slots, per_document)
+    return np.diff(start, append=slots.sum())
 
 
 def _read(

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from abf.base import ConfigModel
+from abf.base import ConfigModel, Seed
 
 
 class SentenceSegmenter(ConfigModel):
@@ -41,7 +41,7 @@ class RandomSegmenter(ConfigModel):
     kind: Literal["random"] = "random"
     like: Reference
     """Segmenter whose lengths are taken."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of exchange and shuffle; a document's length and id enter too."""
 
 

@@ -6,14 +6,15 @@ from pathlib import Path
 
 import numpy as np
 
+from abf.blocks import block_lengths
 from abf.errors import ConfigError
 from abf.segment.base import (
     Document,
     IntArray,
     OwnReference,
     Segments,
-    count_segments,
     document_slots,
+    segment_lengths,
 )
 from abf.segment.config import FixedSegmenter
 
@@ -29,37 +30,41 @@ class Fixed(OwnReference):
         return Segments.rule(np.arange(0, doc.n_slots, self.length))
 
 
-def build(cfg: FixedSegmenter, *, tokens: Path, reference: Path | None) -> Fixed:
-    """The segmenter, with the length given or the one that matches the mean of `like`."""
+def build(
+    cfg: FixedSegmenter, *, tokens: Path, reference: Path | None, max_block: int | None
+) -> Fixed:
+    """The segmenter, with the length given or the one that matches the blocks of `like`."""
     if cfg.length is not None:
         return Fixed(cfg.length)
-    if reference is None:
-        raise ConfigError("segmenter fixed needs `length`, or the segments of `like`")
+    if reference is None or max_block is None:
+        raise ConfigError("segmenter fixed needs `length`, or the segments of `like` and max_block")
     slots = document_slots(tokens, "train")
-    return Fixed(matching_length(slots, count_segments(reference, "train")))
+    blocks = block_lengths(segment_lengths(reference, slots, "train"), max_block)
+    return Fixed(matching_length(slots, len(blocks), longest=max_block))
 
 
-def matching_length(slots: IntArray, n_segments: int) -> int:
-    """The length whose segments come nearest, in mean length, to a reference.
+def matching_length(slots: IntArray, n_blocks: int, *, longest: int) -> int:
+    """The length whose blocks come nearest, in mean length, to a reference's.
 
     Because a document's last segment is what remains, cutting at the reference's mean itself would
     give shorter segments on average, and more of them.
 
     Args:
         slots: slots of each document.
-        n_segments: segments that the reference makes of them.
+        n_blocks: blocks that the reference makes of them.
+        longest: longest block S; up to it, a segment is one block.
 
     Returns:
         The length; of two that are equally near, the shorter.
     """
-    mean = slots.sum() / n_segments
+    mean = slots.sum() / n_blocks
 
     def count(length: int) -> int:
         return int((-(-slots // length)).sum())
 
-    low, high = 1, int(slots.max())
-    while low < high:  # the smallest length that makes no more segments than the reference
+    low, high = 1, min(longest, int(slots.max()))
+    while low < high:  # the smallest length that makes no more blocks than the reference
         middle = (low + high) // 2
-        low, high = (low, middle) if count(middle) <= n_segments else (middle + 1, high)
+        low, high = (low, middle) if count(middle) <= n_blocks else (middle + 1, high)
     nearby = (max(low - 1, 1), low)
     return min(nearby, key=lambda length: abs(slots.sum() / count(length) - mean))

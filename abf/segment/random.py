@@ -43,7 +43,9 @@ class Random:
         return np.random.Generator(np.random.Philox(key=int.from_bytes(key, "big")))
 
 
-def build(cfg: RandomSegmenter, *, tokens: Path, reference: Path | None) -> Random:
+def build(
+    cfg: RandomSegmenter, *, tokens: Path, reference: Path | None, max_block: int | None
+) -> Random:
     """The segmenter; `reference` is read document by document by the stage."""
     if reference is None:
         raise ConfigError(f"segmenter random needs the segments of `like` ({cfg.like.kind})")

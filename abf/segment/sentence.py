@@ -61,7 +61,9 @@ class Sentence(OwnReference):
         return Segments.rule(kept, level[np.searchsorted(start, kept)])
 
 
-def build(cfg: SentenceSegmenter, *, tokens: Path, reference: Path | None) -> Sentence:
+def build(
+    cfg: SentenceSegmenter, *, tokens: Path, reference: Path | None, max_block: int | None
+) -> Sentence:
     """The segmenter."""
     return Sentence(cfg.min_tokens)
 

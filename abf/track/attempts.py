@@ -18,20 +18,45 @@ from typing import Any
 
 import psutil
 
-from abf.errors import AbfError, Interrupted
+from abf.errors import AbfError, ArtifactError, Interrupted
 
 ATTEMPTS = "attempts.jsonl"
+COMMON = {"attempt", "job_id", "host", "rule", "run", "cores", "gpus", "start", "state"}
+FIELDS = {True: COMMON | {"pid", "pid_start"}, False: COMMON | {"reason", "end", "elapsed_s"}}
+"""What a record must hold, by whether it opens an attempt."""
 HEARTBEAT = ".heartbeat"
 HEARTBEAT_SECONDS = 5.0
 
 
 def read_attempts(directory: Path) -> list[dict[str, Any]]:
-    """Records of a stage directory, oldest first; a torn last line (a crash) is left out."""
+    """Records of a stage directory, oldest first; a torn last line (a crash) is left out.
+
+    Raises:
+        ArtifactError: a line is no record; names the file, the line and what is wrong.
+    """
     path = directory / ATTEMPTS
     if not path.exists():
         return []
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    *lines, _torn = path.read_bytes().split(b"\n")
+    return [_record(line, f"{path}:{number}") for number, line in enumerate(lines, start=1)]
+
+
+def _record(line: bytes, where: str) -> dict[str, Any]:
+    try:
+        record = json.loads(line)
+    except ValueError as error:
+        wrong = f"is not JSON ({getattr(error, 'msg', error)})"
+    else:
+        if not isinstance(record, dict):
+            wrong = f"holds a {type(record).__name__}, not a record"
+        elif missing := FIELDS[record.get("state") == "RUNNING"] - record.keys():
+            wrong = f"lacks {', '.join(sorted(missing))}"
+        else:
+            return record
+    raise ArtifactError(
+        f"{where} {wrong}, so this version of abf did not write it: {line[:60]!r}. Delete the line "
+        "(the attempt is then missing from the ledger) and run the same command again"
+    )
 
 
 def _append(directory: Path, record: Mapping[str, Any]) -> None:

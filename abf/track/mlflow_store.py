@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import quote, urlencode
 
 from abf.errors import ArtifactError
-from abf.files import lock
+from abf.files import atomic_path, lock
 from abf.track.mlflow_points import (
     Point,
     clean_key,
@@ -37,7 +37,13 @@ from abf.track.mlflow_records import (
     files_digest,
     note,
 )
-from abf.track.mlflow_writer import ClientWriter, SqliteWriter, Writer, sqlite_path
+from abf.track.mlflow_writer import (
+    ClientWriter,
+    SqliteWriter,
+    Writer,
+    sqlite_path,
+    store_faults,
+)
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -68,9 +74,13 @@ def ingest(plan: IngestPlan, *, tracking_uri: str, artifact_root: Path) -> dict[
 
     Raises:
         LockError: another ingest is writing.
-        ArtifactError: the store belongs to another place, or a parameter of a run changed.
+        ArtifactError: the store belongs to another place or cannot be written, or a parameter of
+            a run changed.
     """
-    with lock(artifact_root, f"MLflow ingest of study {plan.study}"):
+    with (
+        lock(artifact_root, f"MLflow ingest of study {plan.study}"),
+        store_faults(tracking_uri),
+    ):
         client = _open(tracking_uri)
         path = sqlite_path(tracking_uri)
         writer = ClientWriter(client) if path is None else SqliteWriter(path)
@@ -100,8 +110,10 @@ def _open(tracking_uri: str) -> MlflowClient:
     from mlflow import MlflowClient
 
     path = sqlite_path(tracking_uri)
-    if path is not None:
-        path.parent.mkdir(parents=True, exist_ok=True)
+    if path is not None and not path.exists():
+        # Dozens of migrations make the tables, and MLflow cannot go on after half of them.
+        with atomic_path(path) as temporary:
+            MlflowClient(f"sqlite:///{temporary}", f"sqlite:///{temporary}").search_experiments()
     return MlflowClient(tracking_uri=tracking_uri, registry_uri=tracking_uri)
 
 

@@ -7,9 +7,10 @@ transaction, so that a killed ingest leaves no point without its journal offset.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import sqlite3
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -28,6 +29,20 @@ COLUMNS = {
     "tags": {"key", "value", "run_uuid"},
 }
 """Tables of MLflow 3 that are written directly."""
+
+
+_ANEW = "move the file away"
+REMEDIES = {
+    sqlite3.SQLITE_FULL: "free space on its disk",
+    sqlite3.SQLITE_IOERR: "free space on its disk, or have the disk looked at",
+    sqlite3.SQLITE_READONLY: "make the file and its folder writable for you",
+    sqlite3.SQLITE_PERM: "make the file and its folder writable for you",
+    sqlite3.SQLITE_CANTOPEN: "make its folder writable for you",
+    sqlite3.SQLITE_BUSY: "end whatever else writes to it",
+    sqlite3.SQLITE_CORRUPT: _ANEW,
+    sqlite3.SQLITE_NOTADB: _ANEW,
+}
+"""What a user can do about sqlite's error codes; every other code is a fault of ours."""
 
 
 class Writer(Protocol):
@@ -93,7 +108,8 @@ class SqliteWriter:
             )
             self._connection.execute("COMMIT")
         except BaseException:
-            self._connection.execute("ROLLBACK")
+            if self._connection.in_transaction:  # a full disk has ended it already
+                self._connection.execute("ROLLBACK")
             raise
 
     def close(self) -> None:
@@ -142,6 +158,29 @@ def _chunks(items: Iterable[Any], size: int) -> list[list[Any]]:
     """Lists of at most `size`; one empty list for no items."""
     items = list(items)
     return [items[i : i + size] for i in range(0, len(items), size)] or [[]]
+
+
+@contextlib.contextmanager
+def store_faults(tracking_uri: str) -> Iterator[None]:
+    """Say what is wrong with the sqlite file, however deep MLflow and SQLAlchemy have wrapped it.
+
+    Raises:
+        ArtifactError: the file cannot be written or read; says what to do.
+    """
+    try:
+        yield
+    except Exception as error:
+        cause: BaseException | None = error
+        while cause is not None and not isinstance(cause, sqlite3.Error):
+            cause = cause.__cause__ or cause.__context__
+        # Extended codes have the plain one in their lowest byte.
+        code = getattr(cause, "sqlite_errorcode", 0) & 0xFF
+        if code not in REMEDIES:
+            raise
+        raise ArtifactError(
+            f"MLflow's store {sqlite_path(tracking_uri)}: {cause}; {REMEDIES[code]}, and run the "
+            "same command again: it fills in what is missing from the journals"
+        ) from error
 
 
 def sqlite_path(tracking_uri: str) -> Path | None:

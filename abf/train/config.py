@@ -6,9 +6,12 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from abf.base import ConfigModel
+from abf.base import ConfigModel, Seed, Threads
 from abf.diffusion.config import Corruption, LossConfig, MaskedCorruption
 from abf.model.config import AttentionBackend, ImportedBase, ShapeConfig
+
+Decay = Annotated[float, Field(ge=0, lt=1)]
+"""Factor of a running mean."""
 
 
 class OptimConfig(ConfigModel):
@@ -22,7 +25,7 @@ class OptimConfig(ConfigModel):
     """Share of all steps spent rising linearly to the peak."""
     final_fraction: float = Field(default=0.1, ge=0, le=1)
     """Learning rate at the last step, as a share of the peak."""
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: tuple[Decay, Decay] = (0.9, 0.95)
     """AdamW moments."""
     weight_decay: float = Field(default=0.1, ge=0)
     """Decoupled decay; matrices only."""
@@ -64,7 +67,7 @@ class TrainConfig(ConfigModel):
     """Optimiser and learning rate."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """`auto` is resolved once when the run is planned and written into its config.json."""
-    threads: int = Field(default=1, ge=1)
+    threads: Threads = 1
     """CPU threads; part of the config because it changes the last bits."""
     attention: AttentionBackend = "tiles"
     """Attention back end, chosen explicitly."""
@@ -84,7 +87,7 @@ class PretrainedBase(ConfigModel):
     """Shape of the model."""
     train: TrainConfig = TrainConfig(objective=ArObjective())
     """How it is trained; the objective must be `ar`."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of the weights and of the data order; the arms of a grid share it."""
 
     def model_post_init(self, context: object) -> None:

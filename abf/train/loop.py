@@ -40,6 +40,8 @@ class TrainResult:
     """Clean tokens trained on."""
     seconds: float
     """Seconds of training, over all attempts."""
+    first: bool
+    """Whether this rank writes the result."""
 
 
 def train(
@@ -87,11 +89,12 @@ def train(
             record.event("interrupted", step=run.done, signal=reason)
             raise Interrupted(
                 f"{label}: stopped by {reason} after step {run.done} of {trainer.steps}, saved in "
-                f"{run_dir / checkpoint.FOLDER}. The same command goes on from there: {command()}"
+                f"{run_dir / checkpoint.FOLDER}. The same command goes on from there: {command()}",
+                requeue=ranks.any(stop.time_is_up),
             )
         record.event("finished", step=run.done, wall_s=run.wall_s())
         model.zero_grad(set_to_none=True)
-        return TrainResult(model, run.done, run.tokens, run.wall_s())
+        return TrainResult(model, run.done, run.tokens, run.wall_s(), ranks.first)
 
 
 class _Run:

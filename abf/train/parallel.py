@@ -1,23 +1,33 @@
 """Data parallelism over processes: each rank takes a slice of the rows, gradients are summed.
 
-Ranks come from torchrun's environment (RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT) and talk by
-gloo. Losses are divided by counts over all ranks before backward, so the summed gradient equals
-the gradient of one process to float tolerance.
+Ranks come from torchrun's environment (RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT), or from RANK,
+WORLD_SIZE and ABF_RENDEZVOUS, a file on a shared disk in which the first rank says where it listens
+(no port has to be agreed on beforehand, so none can be taken). They talk by gloo. Losses are
+divided by counts over all ranks before backward, so the summed gradient equals the gradient of one
+process to float tolerance.
 """
 
 from __future__ import annotations
 
 import contextlib
+import json
 import os
+import socket
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
 from abf.errors import ConfigError
+from abf.files import write_json
+
+RENDEZVOUS = "ABF_RENDEZVOUS"
 
 TIMEOUT = timedelta(minutes=10)
 """How long a rank waits for the others before it gives up; a dead peer is noticed at once."""
@@ -85,13 +95,46 @@ def world() -> Iterator[World]:
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield World()
         return
-    if missing := [n for n in ("RANK", "MASTER_ADDR", "MASTER_PORT") if n not in os.environ]:
+    meeting = os.environ.get(RENDEZVOUS)
+    needed = ("RANK",) if meeting else ("RANK", "MASTER_ADDR", "MASTER_PORT")
+    if missing := [name for name in needed if name not in os.environ]:
         raise ConfigError(
             f"WORLD_SIZE is {os.environ['WORLD_SIZE']} but {', '.join(missing)} is not set; start "
             "through torchrun, or unset WORLD_SIZE"
         )
-    dist.init_process_group("gloo", timeout=TIMEOUT)
+    if meeting:
+        rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        store = _meet(Path(meeting), rank, size)
+        dist.init_process_group("gloo", timeout=TIMEOUT, store=store, rank=rank, world_size=size)
+    else:
+        dist.init_process_group("gloo", timeout=TIMEOUT)
     try:
         yield World(dist.get_rank(), dist.get_world_size())
     finally:
         dist.destroy_process_group()
+
+
+def _meet(path: Path, rank: int, size: int) -> TCPStore:
+    """The store all ranks share; the first one opens it on a free port and writes where.
+
+    Raises:
+        ConfigError: the first rank did not show up within `TIMEOUT`.
+    """
+    if rank == 0:
+        store = TCPStore(
+            socket.gethostname(), 0, size, is_master=True, timeout=TIMEOUT, wait_for_workers=False
+        )
+        write_json(path, {"host": socket.gethostname(), "port": store.port})
+        return store
+    began = time.monotonic()
+    while not path.exists():
+        if time.monotonic() - began > TIMEOUT.total_seconds():
+            raise ConfigError(
+                f"rank {rank}: {path} did not appear within {TIMEOUT}; the first rank has not "
+                "started, or the ranks share no disk"
+            )
+        time.sleep(0.2)
+    place = json.loads(path.read_text(encoding="utf-8"))
+    return TCPStore(
+        place["host"], place["port"], size, is_master=False, timeout=TIMEOUT, wait_for_workers=False
+    )

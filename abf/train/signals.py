@@ -1,7 +1,8 @@
-"""Asked to stop: SIGTERM, SIGUSR1 and SIGINT become a flag that the loop reads between two steps.
+"""Asked to stop: a signal becomes a flag that the loop reads between two steps.
 
-Slurm sends SIGUSR1 before the time limit and SIGTERM at cancellation, a person sends SIGINT by
-Ctrl-C. The step in progress is finished, a checkpoint written, and the process exits with 75.
+Slurm sends SIGUSR2 before the time limit (SIGUSR1 by hand; NCCL may take that one) and SIGTERM at
+cancellation, a person sends SIGINT by Ctrl-C. The step in progress is finished, a checkpoint
+written, and the process exits with 75.
 """
 
 from __future__ import annotations
@@ -13,7 +14,9 @@ import sys
 from types import FrameType, TracebackType
 from typing import Any
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
+TIME_IS_UP = (signal.SIGUSR1, signal.SIGUSR2)
+"""Those after which the job should go back into the queue."""
 
 
 class StopFlag:
@@ -28,6 +31,11 @@ class StopFlag:
     def name(self) -> str:
         """The signal's name for messages; empty when none arrived here."""
         return "" if self.signal is None else self.signal.name
+
+    @property
+    def time_is_up(self) -> bool:
+        """The time limit is near: there is more to do, in another job."""
+        return self.signal in TIME_IS_UP
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT and self.signal == signal.SIGINT:

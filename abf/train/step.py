@@ -160,7 +160,7 @@ class Trainer:
         pieces = np.unique(self.rows.rows(rows).document_id)
         return (
             f"step {number + 1} of {self.steps}: loss {loss}, gradient norm {norm}; its update was "
-            f"not applied and the last checkpoint stands. Batch: rows {rows.tolist()} of "
+            f"not applied and no checkpoint holds it. Batch: rows {rows.tolist()} of "
             f"{self.path}, documents {_documents(self.path, pieces[pieces >= 0])}. The same "
             "command would meet it again: look at that text, or lower train.optim.lr or "
             "train.optim.clip_norm"

@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from abf.artifacts import SEGMENTS, TOKENS, write_table
-from abf.data.blocks import block_lengths
+from abf.blocks import block_lengths
 from abf.data.config import PackConfig
 from abf.data.loader import PackedBatch, PackedRows
 from abf.data.pack import first_fit, pack

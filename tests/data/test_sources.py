@@ -140,7 +140,7 @@ GOOD = b'{"text": "fine"}\n'
         ("a.txt", b"abc\xc3(", ["a.txt is not UTF-8", "0xc3 at offset 3"]),
         ("a.txt", b"\xef\xbb\xbfab\xff", ["a.txt is not UTF-8", "0xff at offset 5"]),
         ("a.jsonl", GOOD + b'{"text": "\xff"}\n', ["a.jsonl:2", "0xff at offset 27"]),
-        ("a.jsonl", GOOD + b'{"text": \n', ["a.jsonl:2 is not valid JSON", "column"]),
+        ("a.jsonl", GOOD + b'{"text": \r\n', ["a.jsonl:2 is not valid JSON", "at column 9"]),
         ("a.jsonl", GOOD + b"[1]\n", ["a.jsonl:2 holds a list"]),
         ("a.jsonl", b"[" * 100_000, ["a.jsonl:1", "nested too deeply"]),
         ("a.jsonl", b'{"body": "x", "n": 1}', ["a.jsonl:1 has no field 'text'", "body, n"]),
@@ -185,6 +185,14 @@ def test_path_without_a_match_is_named(tmp_path: Path) -> None:
     message = refused(LocalSource(path=str(tmp_path / "*.jsonl")), tmp_path)
     assert f"{tmp_path / '*.jsonl'!s}" in message
     assert "matches no file" in message
+
+
+def test_folder_without_a_file_is_said_to_be_one(tmp_path: Path) -> None:
+    folder = tmp_path / "texts"
+    (folder / "inside").mkdir(parents=True)
+    message = refused(LocalSource(path=str(folder)), tmp_path)
+    assert f"'{folder}' is a folder with no file right below it" in message
+    assert f"`{folder}/**/*`" in message
 
 
 @pytest.mark.parametrize(

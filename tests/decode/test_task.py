@@ -86,7 +86,9 @@ def test_log_samples_and_counts_agree(
     assert ("joules" in counts) == (not counts["energy_source"].startswith("not measured"))
 
 
-def test_prompts_are_long_enough_documents_from_the_whole_split(corpus: Corpus, tmp_path: Path) -> None:
+def test_prompts_are_long_enough_documents_from_the_whole_split(
+    corpus: Corpus, tmp_path: Path
+) -> None:
     decoded(corpus, tmp_path, DecoderConfig(strategy=ArStrategy(), precision="fp32"))
     samples = read_table(tmp_path / "samples.parquet", SAMPLES).to_pylist()
     path = corpus.tokens / "tokens" / "heldout-00000.parquet"

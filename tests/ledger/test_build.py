@@ -128,5 +128,23 @@ def test_record_without_a_field_is_named(tmp_path: Path):
     opened = record(directory, 1, 1.0)
     del opened["cores"]
     write(directory, opened, opened | closing(1.0, 1.0, "COMPLETED"))
-    with pytest.raises(ArtifactError, match=r"attempts\.jsonl: a record lacks the field 'cores'"):
+    with pytest.raises(ArtifactError, match=r"attempts\.jsonl:1 lacks cores"):
         build_ledger(tmp_path, [directory], tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("garbage", "is not JSON (Expecting value)"),
+        ("\0\0\0", "is not JSON"),
+        ("[1]", "holds a list, not a record"),
+        ('{"state": "RUNNING"}', "lacks attempt, cores"),
+    ],
+)
+def test_line_that_is_no_record_is_named(tmp_path: Path, line: str, expected: str):
+    directory = tmp_path / "train" / "r"
+    write(directory, record(directory, 1, 1.0), tail=f"{line}\n")
+    with pytest.raises(ArtifactError) as caught:
+        build_ledger(tmp_path, [directory], tmp_path / "out")
+    assert f"{directory / ATTEMPTS}:2 {expected}" in str(caught.value)
+    assert "Delete the line" in str(caught.value)

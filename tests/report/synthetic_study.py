@@ -15,6 +15,7 @@ from abf.artifacts import (
     DOCUMENT_SCORES,
     DOCUMENTS,
     METRICS,
+    PIECES,
     SAMPLES,
     SCORES,
     packed_schema,
@@ -27,10 +28,26 @@ from abf.decode.trace import TraceWriter
 from abf.ledger.build import build_ledger
 from abf.report.config import ReportConfig
 from abf.report.inputs import ReportCell, ReportPlan, SourceNote
-from abf.report.metrics import AR, BASE, BOUND, BOUND_CUTS, FLOPS, JOULES, SPEED, TPF
+from abf.report.metrics import (
+    AR,
+    BASE,
+    BLOCK_LENGTH,
+    BOUND,
+    BOUND_CUTS,
+    CUT_BITS,
+    FLOPS,
+    JOULES,
+    NOISE,
+    SPEED,
+    TPF,
+)
+from abf.track.journal import Journal
 
 ROW = 128
 DOCUMENTS_SCORED = 40
+SCORED = [f"wiki-leads-{i:04x}" for i in range(DOCUMENTS_SCORED)]
+HELDOUT = [*SCORED, *(f"wiki-leads-{i:04x}" for i in range(90, 100)), "python-stdlib-00ff"]
+BASE_LOSS = 3.25
 UNITS = {
     AR: "bits/byte",
     BASE: "bits/byte",
@@ -43,6 +60,9 @@ UNITS = {
     "distinct_2": "share",
     "repeated_4": "share",
     "nfe": "forwards/request",
+    NOISE: "bits/byte",
+    CUT_BITS: "bits/block",
+    BLOCK_LENGTH: "tokens",
 }
 LEVEL = {"fixed": 0.06, "random": 0.1, "sentence": 0.0}
 HOSTILE = '</span><script>alert("x")</script> & <img src=http://evil.example/x.png>'
@@ -65,6 +85,8 @@ def make_study(
     """Write all stage directories below `root` and return the plan over them."""
     tokenizer = _tokenizer(root)
     cells = []
+    base = root / "base" / "pretrained"
+    _train_base(base)
     for arm in arms:
         pack = root / "pack" / f"{arm}-packed"
         _pack(pack, arm)
@@ -78,6 +100,7 @@ def make_study(
                 train=root / "train" / run,
                 score=root / "score" / run,
                 pack=pack,
+                base=base,
                 decodes={
                     f"continuation.{name}": root / "decode" / run / f"continuation.{name}"
                     for name in decoders
@@ -148,15 +171,32 @@ def _pack(directory: Path, arm: str) -> None:
     with pa.OSFile(path, "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
         writer.write_batch(pa.RecordBatch.from_arrays(columns, schema=schema))
 
+    pieces = [
+        {"document_id": i, "doc_id": name, "part": part, "row": i, "start": 0, "n_tokens": 9}
+        | {"n_bytes": 30, "n_blocks": 2}
+        for i, name in enumerate(HELDOUT)
+        for part in range(1 + i % 2)
+    ]
+    table = pa.Table.from_pylist(pieces, schema=PIECES)
+    write_table(directory / "packed" / "heldout.pieces.parquet", table, PIECES)
+
+
+def _train_base(directory: Path) -> None:
+    with Journal(directory / "journal.jsonl") as journal:
+        for step in range(1, 101):
+            loss = 5.0 if step <= 90 else BASE_LOSS + (step - 95.5) / 100
+            journal.metrics(step, 1000 * step, {"ar": loss, "lr": 3e-3 * (101 - step) / 100}, step)
+
 
 def _train(cell: ReportCell, rng: np.random.Generator, steps: int) -> None:
     rows = []
     for step in range(1, steps + 1):
         fall = 4 * np.exp(-step / 12)
-        for name, level in (("nelbo", 3.4), ("ar", 3.1), ("length", 2.2), ("lr", 0.0)):
+        for name, level in (("nelbo", 3.4), ("ar", 3.1), ("length", 2.2)):
             value = level + LEVEL.get(cell.arm, 0.0) + fall + rng.normal(0, 0.05)
             row = {"step": step * 10, "tokens": step * 40_960, "name": name, "wall_s": step * 1.5}
             rows.append(row | {"value": float(value)})
+        rows.append(row | {"name": "lr", "value": 5e-4 * min(step / 3, 1)})
     path = cell.train / "metrics.parquet"
     write_table(path, pa.Table.from_pylist(rows, schema=METRICS), METRICS)
 
@@ -169,7 +209,8 @@ def _score(cell: ReportCell, rng: np.random.Generator) -> None:
     def add(task: str, decoder: str, metric: str, level: float, by_document: bool = True) -> None:
         size = np.random.default_rng(7).integers(200, 900, DOCUMENTS_SCORED)
         parts = size * (level + np.random.default_rng(8).normal(0, 0.25, DOCUMENTS_SCORED))
-        parts += rng.normal(0, 2, DOCUMENTS_SCORED)
+        if metric != BASE or decoder:  # every cell scores one and the same base
+            parts += rng.normal(0, 2, DOCUMENTS_SCORED)
         value = parts.sum() / size.sum() if by_document else level
         scores.append(
             {
@@ -195,7 +236,7 @@ def _score(cell: ReportCell, rng: np.random.Generator) -> None:
                     "task": task,
                     "decoder": decoder,
                     "metric": metric,
-                    "document": f"doc{i}",
+                    "document": SCORED[i],
                     "numerator": float(parts[i]),
                     "denominator": float(size[i]),
                 }
@@ -203,9 +244,12 @@ def _score(cell: ReportCell, rng: np.random.Generator) -> None:
             )
 
     add("likelihood", "", AR, 2.30 + shift / 3)
-    add("likelihood", "", BASE, 2.28, False)
+    add("likelihood", "", BASE, 2.28)
     add("likelihood", "", BOUND, 2.42 + shift)
     add("likelihood", "", BOUND_CUTS, 2.61 + shift / 2)
+    add("likelihood", "", CUT_BITS, 2.2 + shift)
+    add("likelihood", "", BLOCK_LENGTH, 11.0)
+    add("likelihood", "", NOISE, 0.0040 + 0.0030 * cell.seed, False)
     for index, name in enumerate(cell.decodes):
         decoder = name.partition(".")[2]
         add("continuation", decoder, TPF, 1.0 + 1.3 * index + shift)
@@ -284,7 +328,11 @@ def _block(state: RequestState, target: list[int], name: str, rng: np.random.Gen
 
 
 def _attempts(root: Path, cells: Sequence[ReportCell]) -> list[Path]:
-    directories = [root / "tokenize" / "shared", *dict.fromkeys(cell.pack for cell in cells)]
+    directories = [
+        root / "tokenize" / "shared",
+        cells[0].base,
+        *dict.fromkeys(cell.pack for cell in cells),
+    ]
     for cell in cells:
         directories += [cell.train, *cell.decodes.values(), cell.score]
     for number, directory in enumerate(directories):

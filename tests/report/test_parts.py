@@ -3,24 +3,30 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pytest
-from synthetic_study import HOSTILE, make_study, text_of
+from synthetic_study import BASE_LOSS, HELDOUT, HOSTILE, SCORED, make_study, text_of
 
 from abf.artifacts import SAMPLES, packed_schema, write_table
 from abf.data.tokenizer import load_tokenizer
 from abf.decode.trace import read_trace
 from abf.errors import ArtifactError
 from abf.report import text
+from abf.report.bases import base_names, base_scores
 from abf.report.blocks import block_lengths, read_block_lengths
-from abf.report.costs import SHARED, costs, total
+from abf.report.costs import SHARED, costs, side_by_side, total
+from abf.report.coverage import Share, coverage, heldout_documents
+from abf.report.curves import training_of_bases, training_of_cells, training_panels
 from abf.report.generations import END_MARK, fold_blocks, read_generations
 from abf.report.inputs import ReportPlan
-from abf.report.tables import Estimate, Interval, Key
+from abf.report.intervals import Interval
+from abf.report.metrics import AR, BASE
+from abf.report.tables import CellScores, Difference, Estimate, Key
 
 # --- costs --------------------------------------------------------------------------------------
 
@@ -62,6 +68,19 @@ def test_costs_by_arm_and_stage():
     assert text.cost_text(total(found)) == "7.5 core-h"
     node = costs([ledger_row("train", "a0", 1.0, node_hours=0.25)], owners)
     assert text.cost_text(total(node)) == "0.25 node-h"
+
+
+def test_jobs_that_ran_side_by_side():
+    def at(second: float, rule: str, seconds: float, **changes: Any) -> dict[str, Any]:
+        start = f"2026-01-01T00:00:{second:06.3f}+00:00"
+        return ledger_row(rule, "x", seconds / 3600, submit_time=start, **changes)
+
+    alone = [at(0, "decode", 5), at(5, "decode", 5), at(20, "train", 9)]
+    assert side_by_side(alone, "decode") == (0, 2)
+    assert side_by_side([*alone, at(9.5, "train", 1)], "decode") == (1, 2)
+    assert side_by_side([at(0, "decode", 30), at(5, "decode", 5)], "decode") == (2, 2)
+    cluster = [at(0, "decode", 9, node_hours=0.1), at(1, "decode", 9, node_hours=0.1)]
+    assert side_by_side(cluster, "decode") == (0, 0)
 
 
 # --- block lengths ------------------------------------------------------------------------------
@@ -118,6 +137,49 @@ def test_packed_file_is_read_in_all_its_batches(tmp_path: Path):
     path.write_bytes(path.read_bytes()[:100])
     with pytest.raises(ArtifactError, match=r"train\.arrow is no packed split"):
         read_block_lengths(path)
+
+
+# --- bases, coverage, training ------------------------------------------------------------------
+
+
+def test_a_base_is_an_arm_of_its_own_under_every_seed(plan: ReportPlan, tmp_path: Path):
+    one = plan.cells[0]
+    rows = [
+        {"metric": m, "decoder": d, "value": 1} for m, d in [(BASE, ""), (BASE, "ar"), (AR, "")]
+    ]
+    scores = [CellScores("a", seed, rows, rows) for seed in (0, 1)]
+    cells = [replace(one, arm="a", seed=seed) for seed in (0, 1)]
+    names = base_names(cells)
+    assert names == {one.base: "base model"}
+    found = base_scores(cells, scores, names)
+    assert [(cell.arm, cell.seed) for cell in found] == [("base model", 0), ("base model", 1)]
+    assert found[0].scores == found[0].documents == [{"metric": AR, "decoder": "", "value": 1}]
+
+    cells[1] = replace(cells[1], base=tmp_path / "other")
+    names = base_names(cells)
+    assert list(names.values()) == ["base model pretrained", "base model other"]
+    assert [cell.seed for cell in base_scores(cells, scores, names)] == [0, 1]
+
+
+def test_coverage_by_source(plan: ReportPlan):
+    heldout = heldout_documents(plan.cells[0].pack)
+    assert heldout == HELDOUT
+    assert coverage(SCORED, heldout) == [Share("wiki-leads", 40, 50), Share("python-stdlib", 0, 1)]
+    assert text.share(40, 50) == "40 of 50 (80 %)"
+
+
+def test_training_of_bases_and_cells(plan: ReportPlan, tmp_path: Path):
+    (base,) = training_of_bases([plan.cells[0].base, tmp_path / "imported"])
+    assert (base.tokens, base.peak_rate) == (100_000, 3e-3)
+    assert base.last_rate == pytest.approx(3e-5)
+    assert base.loss == pytest.approx(BASE_LOSS)
+    (cell,) = training_of_cells(plan.cells)
+    assert (cell.tokens, cell.peak_rate) == (60 * 40_960, 5e-4)
+    panels = training_panels(plan.cells)
+    assert list(panels) == ["nelbo", "ar", "length"]
+    tokens, values = panels["ar"]["fixed"][0]
+    assert len(tokens) == len(values) == 60
+    assert (np.diff(tokens) > 0).all()
 
 
 # --- generations --------------------------------------------------------------------------------
@@ -235,7 +297,32 @@ def test_numbers_have_the_digits_their_interval_supports(
 
 
 def test_missing_estimate_is_said_to_be_so():
-    assert text.estimate_text(None)["mean"] == "not measured"
+    assert text.estimate_text(None)["mean"] == "\N{EN DASH}"
+
+
+def test_error_of_a_bound_stands_beside_it():
+    noise = estimate([0.0103, 0.0097], None, None)
+    shown = text.estimate_text(estimate([2.5], None, Interval(2.4, 2.6)), noise)
+    assert shown["noise"] == "±0.010"
+    assert text.estimate_text(noise)["noise"] == ""
+    lost = estimate([], None, None)
+    assert text.estimate_text(estimate([2.5], None, None), lost)["noise"] == "not measured"
+
+
+@pytest.mark.parametrize(
+    ("p_adjusted", "expected"),
+    [
+        (0.0301, ("0.030", "lower")),
+        (0.0002, ("< 0.001", "lower")),
+        (0.0512, ("0.051", "none")),
+        (None, ("\N{EN DASH}", "none")),
+    ],
+)
+def test_what_a_difference_allows_to_say(p_adjusted: float | None, expected: tuple[str, str]):
+    away = Interval(-0.4, -0.1)
+    gap = Difference("a", "b", Key("t", 1, "", "m"), "u", -0.2, 3, away, away, 9, 0.01, p_adjusted)
+    shown = text.difference_text(gap, 0.95)
+    assert (shown["p"], shown["verdict"]) == expected
 
 
 def test_durations_and_hours():

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from abf.data.blocks import block_lengths
+from abf.blocks import block_lengths
 from abf.errors import ConfigError
 from abf.segment import fixed, random
 from abf.segment.base import Document, Segments
@@ -34,22 +34,25 @@ def test_fixed_lengths(n: int, length: int) -> None:
 
 @given(
     slots=st.lists(st.integers(1, 60), min_size=1, max_size=8),
+    longest=st.integers(1, 70),
     data=st.data(),
 )
-def test_matching_length_is_the_nearest_of_all(slots: list[int], data: st.DataObject) -> None:
-    n_segments = data.draw(st.integers(len(slots), sum(slots)))
-    mean = sum(slots) / n_segments
+def test_matching_length_is_the_nearest_of_all(
+    slots: list[int], longest: int, data: st.DataObject
+) -> None:
+    n_blocks = data.draw(st.integers(len(slots), sum(slots)))
+    mean = sum(slots) / n_blocks
     distance = {
         length: abs(sum(slots) / sum(ceil(n / length) for n in slots) - mean)
-        for length in range(1, max(slots) + 1)
+        for length in range(1, min(longest, max(slots)) + 1)
     }
-    found = matching_length(np.array(slots), n_segments)
+    found = matching_length(np.array(slots), n_blocks, longest=longest)
     assert distance[found] == min(distance.values())
 
 
 def test_matching_length_corrects_for_remainders() -> None:
     # Documents of 25 slots with a mean segment of 12.5: cutting at 12 leaves a segment of 1.
-    assert matching_length(np.array([25] * 10), 20) == 13
+    assert matching_length(np.array([25] * 10), 20, longest=64) == 13
 
 
 starts = st.sets(st.integers(1, 80), max_size=30).map(lambda cuts: [0, *sorted(cuts)])
@@ -102,6 +105,6 @@ def test_random_is_uniform_over_orders() -> None:
 def test_a_control_without_its_reference(tmp_path: Path) -> None:
     like = SentenceSegmenter()
     with pytest.raises(ConfigError, match="random needs the segments of `like`"):
-        random.build(RandomSegmenter(like=like), tokens=tmp_path, reference=None)
+        random.build(RandomSegmenter(like=like), tokens=tmp_path, reference=None, max_block=None)
     with pytest.raises(ConfigError, match="fixed needs `length`, or the segments of `like`"):
-        fixed.build(FixedSegmenter(like=like), tokens=tmp_path, reference=None)
+        fixed.build(FixedSegmenter(like=like), tokens=tmp_path, reference=None, max_block=None)

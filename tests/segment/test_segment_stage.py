@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,7 @@ def test_every_segmenter_covers_every_document(
     cfg: Segmenter, stages: Path, reference: Path, tmp_path: Path
 ) -> None:
     given = reference if getattr(cfg, "like", None) else None
-    counts = segment(cfg, stages / "prepare", stages / "tokenize", tmp_path, given)
+    counts = segment(cfg, stages / "prepare", stages / "tokenize", tmp_path, given, 64)
     files = sorted(path.name for path in (tmp_path / "segments").iterdir())
     assert files == ["heldout-00000.parquet", "train-00000.parquet", "train-00001.parquet"]
     for split in ("train", "heldout"):
@@ -63,7 +64,7 @@ def test_every_segmenter_covers_every_document(
         assert counts[f"{split}_mean_length"] == round(n_slots / n_segments, 4)
     check_schema(pq.read_schema(tmp_path / "segments" / files[0]), SEGMENTS, tmp_path)
     again = tmp_path / "again"
-    segment(cfg, stages / "prepare", stages / "tokenize", again, given)
+    segment(cfg, stages / "prepare", stages / "tokenize", again, given, 64)
     for name in files:
         one, two = tmp_path / "segments" / name, again / "segments" / name
         assert one.read_bytes() == two.read_bytes()
@@ -95,16 +96,22 @@ def test_random_keeps_the_histogram_and_moves_the_cuts(
     assert counts["train_shared_cuts"] == round(shared / cuts, 4)
 
 
-def test_fixed_has_the_mean_length_of_its_reference(
-    stages: Path, reference: Path, tmp_path: Path
+@pytest.mark.parametrize("cap", [8, 16, 500])
+def test_fixed_has_the_mean_block_length_of_its_reference(
+    stages: Path, reference: Path, tmp_path: Path, cap: int
 ) -> None:
+    """Blocks, not segments: the cap cuts the reference's longest segments."""
     cfg = FixedSegmenter(like=SENTENCE)
-    counts = segment(cfg, stages / "prepare", stages / "tokenize", tmp_path, reference)
+    counts = segment(cfg, stages / "prepare", stages / "tokenize", tmp_path, reference, cap)
     tokens = read(stages / "tokenize", "tokens", "train")
     slots = np.array([len(row["token_ids"]) + 1 for row in tokens])
     rows = read(reference, "segments", "train")
-    mean = slots.sum() / sum(len(row["segment_start"]) for row in rows)
-    means = [slots.sum() / np.ceil(slots / length).sum() for length in range(1, 100)]
+    blocks = 0
+    for row, n in zip(rows, slots, strict=True):
+        blocks += sum(math.ceil(length / cap) for length in np.diff(row["segment_start"], append=n))
+    mean = slots.sum() / blocks
+    lengths = range(1, min(cap, 100) + 1)
+    means = [slots.sum() / np.ceil(slots / length).sum() for length in lengths]
     nearest = min(means, key=lambda one: abs(one - mean))
     assert counts["train_mean_length"] == pytest.approx(nearest, abs=1e-4)
 

@@ -25,7 +25,7 @@ from abf.track.journal import Journal
 from abf.track.mlflow_points import Point
 from abf.track.mlflow_records import Cell, DatasetRef, IngestPlan
 from abf.track.mlflow_store import ingest, runs_page
-from abf.track.mlflow_writer import ClientWriter, SqliteWriter
+from abf.track.mlflow_writer import ClientWriter, SqliteWriter, store_faults
 
 os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
 STEPS = 40
@@ -438,6 +438,53 @@ def test_moved_project_is_refused(tmp_path: Path, template: Path):
     store.artifacts = tmp_path / "elsewhere"
     with pytest.raises(ArtifactError, match="moved or copied"):
         store.ingest(plan)
+
+
+FULL = """
+import resource, sys
+from pathlib import Path
+from abf.errors import ArtifactError
+from abf.track.mlflow_records import IngestPlan
+from abf.track.mlflow_store import ingest
+
+resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000))
+root = Path(sys.argv[1])
+try:
+    uri = f"sqlite:///{root / 'mlflow.db'}"
+    ingest(IngestPlan("study", "grid", []), tracking_uri=uri, artifact_root=root / "artifacts")
+except ArtifactError as error:
+    print(error)
+"""
+
+
+def test_store_that_does_not_fit_on_the_disk_is_not_begun(tmp_path: Path):
+    """MLflow cannot go on after half of its migrations: the next ingest must find none."""
+    run = subprocess.run(
+        [sys.executable, "-c", FULL, str(tmp_path)], capture_output=True, text=True, check=False
+    )
+    assert f"MLflow's store {tmp_path / 'mlflow.db'}: disk I/O error" in run.stdout, run.stderr
+    assert "free space" in run.stdout
+    assert [path.name for path in tmp_path.iterdir()] == ["artifacts"]
+
+
+def test_disk_that_fills_up_while_points_are_written(tmp_path: Path, template: Path):
+    store = Store(tmp_path, template)
+    writer = SqliteWriter(tmp_path / "mlflow.db")
+    writer._connection.execute("PRAGMA max_page_count = 1")  # what is there, and no page more
+    with pytest.raises(ArtifactError) as caught, store_faults(store.uri):
+        writer.write("run", [Point("loss", 1.0, 0, step) for step in range(50_000)], {})
+    writer.close()
+    assert f"store {tmp_path / 'mlflow.db'}: database or disk is full; free" in str(caught.value)
+    assert "run the same command again" in str(caught.value)
+
+
+def test_damaged_store_is_named_through_mlflow(tmp_path: Path, template: Path):
+    store = Store(tmp_path, template)
+    (tmp_path / "mlflow.db").write_bytes(b"no database " * 1000)
+    with pytest.raises(ArtifactError) as caught:
+        store.ingest(IngestPlan("study", "grid", []))
+    assert f"store {tmp_path / 'mlflow.db'}: file is not a database" in str(caught.value)
+    assert "move the file away" in str(caught.value)
 
 
 def test_foreign_table_layout_is_refused(tmp_path: Path):

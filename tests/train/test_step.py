@@ -10,7 +10,7 @@ import pyarrow as pa
 import pytest
 import torch
 
-from abf.errors import ArtifactError, ConfigError
+from abf.errors import ArtifactError, ConfigError, DivergenceError
 from abf.model.transformer import Transformer
 from abf.train.parallel import World
 from abf.train.step import Trainer
@@ -98,6 +98,17 @@ def test_rows_that_do_not_fit_the_model_are_refused(packed: Path) -> None:
         trainer(packed, model=model(max_block=4))
     with pytest.raises(ArtifactError, match=f"rows of {L} tokens, the model 16 positions"):
         trainer(packed, model=model(max_positions=16))
+
+
+def test_divergence_promises_no_checkpoint(packed: Path) -> None:
+    """A step knows of none; there may be none."""
+    model = new_model()
+    with torch.no_grad():
+        next(model.parameters()).fill_(float("nan"))
+    with pytest.raises(DivergenceError) as caught:
+        trainer(packed, model=model).step(1)
+    assert "its update was not applied and no checkpoint holds it. Batch:" in str(caught.value)
+    assert "stands" not in str(caught.value)
 
 
 def test_rows_are_shared_out_without_loss_or_overlap() -> None:

@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
+RESULTS = "the results"
+"""With a space, as people have them."""
 RUN = """
 study: micro
 sources: [{kind: stdlib, pattern: "[a-f]*.py", max_documents: 16}]
@@ -54,7 +56,7 @@ class Project:
 
     @property
     def results(self) -> Path:
-        return self.folder / "results"
+        return self.folder / RESULTS
 
     def command(self, *arguments: str, profile: bool = True) -> list[str]:
         """Snakemake on this study."""
@@ -63,7 +65,7 @@ class Project:
             *("-d", str(self.folder), *arguments),
             *(("--profile", str(ROOT / "profiles" / "local")) if profile else ()),
             # Relative, as people type it; Snakemake's records of a copied folder then stay true.
-            *("--config", "study=grid.yaml", "results=results"),
+            *("--config", "study=grid.yaml", f"results={RESULTS}"),
         ]
 
     def run(self, *arguments: str) -> subprocess.CompletedProcess[str]:

@@ -6,10 +6,11 @@ from pathlib import Path
 
 from snakemake.exceptions import WorkflowError
 
-from abf.driver import claim
-from abf.errors import AbfError
+from abf.driver import claim, notice_soon, settle
+from abf.errors import AbfError, os_fault
 from abf.grid import load_study
 from abf.plan import Plan
+from abf.site import load_site
 from abf.stages import STAGES
 
 STUDY = config.get("study") or os.environ.get("ABF_STUDY", "config/grids/demo.yaml")
@@ -26,8 +27,12 @@ shell.prefix(
 try:
     PLAN = Plan(load_study(Path(STUDY)), RESULTS)
     PLAN.write()
-except AbfError as error:
-    raise WorkflowError(str(error))
+except (AbfError, OSError) as error:
+    raise WorkflowError(os_fault(error) or str(error))
+
+
+# On a cluster (profiles/leonardo sets this) training is a job of its own, and its rule only waits.
+SUBMIT = bool(os.environ.get("ABF_SUBMIT"))
 
 
 def at(stage, name):
@@ -47,5 +52,20 @@ wildcard_constraints:
 onstart:
     try:
         claim(RESULTS, STUDY)
-    except AbfError as error:
+        if SUBMIT:
+            settle(PLAN.instances, interval=load_site().poll_seconds)
+    except (AbfError, OSError) as error:
         raise WorkflowError(str(error))
+
+
+if SUBMIT:
+    notice_soon()
+
+    # Waiting, the network, and small reading of many files belong to the driver.
+    localrules:
+        base,
+        fetch,
+        ledger,
+        mlflow,
+        report,
+        train,

@@ -13,7 +13,7 @@ rule fetch:
     params:
         version=version("fetch"),
     shell:
-        "python -m abf.cli fetch {output.manifest} 2>&1 | keep {log}"
+        "python -m abf.cli fetch {output.manifest:q} 2>&1 | keep {log:q}"
 
 
 rule prepare:
@@ -28,7 +28,7 @@ rule prepare:
     params:
         version=version("prepare"),
     shell:
-        "python -m abf.cli prepare {output.manifest} 2>&1 | keep {log}"
+        "python -m abf.cli prepare {output.manifest:q} 2>&1 | keep {log:q}"
 
 
 rule tokenizer:
@@ -43,7 +43,7 @@ rule tokenizer:
     params:
         version=version("tokenizer"),
     shell:
-        "python -m abf.cli tokenizer {output.manifest} 2>&1 | keep {log}"
+        "python -m abf.cli tokenizer {output.manifest:q} 2>&1 | keep {log:q}"
 
 
 rule tokenize:
@@ -58,7 +58,7 @@ rule tokenize:
     params:
         version=version("tokenize"),
     shell:
-        "python -m abf.cli tokenize {output.manifest} 2>&1 | keep {log}"
+        "python -m abf.cli tokenize {output.manifest:q} 2>&1 | keep {log:q}"
 
 
 rule segment:
@@ -73,7 +73,7 @@ rule segment:
     params:
         version=version("segment"),
     shell:
-        "python -m abf.cli segment {output.manifest} 2>&1 | keep {log}"
+        "python -m abf.cli segment {output.manifest:q} 2>&1 | keep {log:q}"
 
 
 rule pack:
@@ -88,4 +88,4 @@ rule pack:
     params:
         version=version("pack"),
     shell:
-        "python -m abf.cli pack {output.manifest} 2>&1 | keep {log}"
+        "python -m abf.cli pack {output.manifest:q} 2>&1 | keep {log:q}"

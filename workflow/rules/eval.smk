@@ -16,7 +16,7 @@ rule decode:
     params:
         version=version("decode"),
     shell:
-        "python -m abf.cli decode {output.manifest} 2>&1 | keep {log}"
+        "python -m abf.cli decode {output.manifest:q} 2>&1 | keep {log:q}"
 
 
 rule score:
@@ -32,4 +32,4 @@ rule score:
     params:
         version=version("score"),
     shell:
-        "python -m abf.cli score {output.manifest} 2>&1 | keep {log}"
+        "python -m abf.cli score {output.manifest:q} 2>&1 | keep {log:q}"

@@ -10,11 +10,11 @@ rule base:
         "logs/base/{key}.log",
     benchmark:
         at("base", "benchmark.tsv")
-    threads: PLAN.threads("base")
+    threads: 1 if SUBMIT else PLAN.threads("base")
     params:
         version=version("base"),
     shell:
-        "python -m abf.cli base {output.manifest} 2>&1 | keep {log}"
+        "python -m abf.cli base {output.manifest:q} ${{ABF_SUBMIT:-}} 2>&1 | keep {log:q}"
 
 
 rule convert:
@@ -29,7 +29,7 @@ rule convert:
     params:
         version=version("convert"),
     shell:
-        "python -m abf.cli convert {output.manifest} 2>&1 | keep {log}"
+        "python -m abf.cli convert {output.manifest:q} 2>&1 | keep {log:q}"
 
 
 rule train:
@@ -41,9 +41,8 @@ rule train:
         "logs/train/{key}.log",
     benchmark:
         at("train", "benchmark.tsv")
-    retries: 1
-    threads: PLAN.threads("train")
+    threads: 1 if SUBMIT else PLAN.threads("train")
     params:
         version=version("train"),
     shell:
-        "python -m abf.cli train {output.manifest} 2>&1 | keep {log}"
+        "python -m abf.cli train {output.manifest:q} ${{ABF_SUBMIT:-}} 2>&1 | keep {log:q}"

@@ -13,7 +13,7 @@ rule ledger:
     params:
         version=version("ledger"),
     shell:
-        "python -m abf.cli ledger {output.manifest} 2>&1 | keep {log}"
+        "python -m abf.cli ledger {output.manifest:q} 2>&1 | keep {log:q}"
 
 
 rule report:
@@ -34,7 +34,7 @@ rule report:
     params:
         version=version("report"),
     shell:
-        "python -m abf.cli report {output.manifest} 2>&1 | keep {log}"
+        "python -m abf.cli report {output.manifest:q} 2>&1 | keep {log:q}"
 
 
 rule mlflow:
@@ -49,4 +49,4 @@ rule mlflow:
     params:
         version=version("mlflow"),
     shell:
-        "python -m abf.cli mlflow {output.manifest} 2>&1 | keep {log}"
+        "python -m abf.cli mlflow {output.manifest:q} 2>&1 | keep {log:q}"

@@ -7,7 +7,7 @@ import math
 from hypothesis import given
 from hypothesis import strategies as st
 
-from abf.data.blocks import block_lengths, cut_lengths
+from abf.blocks import block_lengths, cut_lengths
 
 lengths = st.lists(st.integers(1, 300), max_size=30)
 

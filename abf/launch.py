@@ -1,0 +1,277 @@
+"""Training as a job of the scheduler's: submit or re-attach, wait cheaply, declare what finished.
+
+The rule's process is light and may die at any time: the job goes on, its id is in
+`{directory}/job.json`, and the next process attaches to it instead of submitting again. On the
+job's side every rank runs `TrainJob`; near the time limit all save, and the first puts the job back
+into the queue under its own id, as often as it takes. The job leaves its manifest undeclared
+(`.done/`); only the waiting rule gives it the name that Snakemake looks for.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import signal
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+import submitit
+from submitit.core.utils import FailedJobError
+
+from abf.cluster import slurm
+from abf.cluster.config import LaunchConfig, SiteConfig
+from abf.cluster.poll import UNKNOWN, JobState, Watch
+from abf.commands import Job, follow_stage, run_stage
+from abf.errors import ClusterError, Interrupted
+from abf.files import lock, write_json
+from abf.plan import LAUNCH
+from abf.site import load_site
+from abf.stage import declare, is_finished
+from abf.track.attempts import read_attempts
+
+RECORD = "job.json"
+FOLDER = ".job"
+"""Folder in the stage directory for submitit's script and logs, and for the ranks' meeting."""
+RESUBMIT = frozenset({"NODE_FAIL", "BOOT_FAIL", "TIMEOUT", "PREEMPTED", UNKNOWN})
+"""Ends that are nobody's wish and no fault of the training: it goes on from its checkpoint."""
+SETTLE_LOOKS = 2
+"""Looks at the queue before an end that Slurm may still turn into a requeue is believed."""
+
+
+# --- the job's side ----------------------------------------------------------------------------
+
+
+@dataclass
+class TrainJob(submitit.helpers.Checkpointable):
+    """One rank of a training; submitit runs it once per task under srun."""
+
+    stage: str
+    directory: str
+
+    def __call__(self) -> None:
+        """Run the stage; near the time limit, queue again and wait to be ended."""
+        rank = int(os.environ["SLURM_PROCID"])
+        job, restart = os.environ["SLURM_JOB_ID"], os.environ.get("SLURM_RESTART_COUNT", "0")
+        os.environ["RANK"] = str(rank)
+        os.environ["WORLD_SIZE"] = os.environ["SLURM_NTASKS"]
+        os.environ["LOCAL_RANK"] = os.environ["SLURM_LOCALID"]
+        # Named after this start of the job: an earlier one's meeting place is no longer served.
+        place = Path(self.directory) / FOLDER / f"ranks-{job}-{restart}.json"
+        os.environ["ABF_RENDEZVOUS"] = str(place)
+        # In place of submitit's: outside the loop, too, the signal means "save and queue again".
+        signal.signal(signal.SIGUSR2, _time_is_up)
+        signal.signal(signal.SIGTERM, _stop)
+        try:
+            if rank == 0:
+                run_stage(self.stage, Path(self.directory), declared=False)
+            else:
+                follow_stage(self.stage, Path(self.directory))
+        except Interrupted as error:
+            print(error, file=sys.stderr, flush=True)
+            if not error.requeue:
+                raise
+            if rank == 0:
+                slurm.requeue(job)
+            # An exit now would be the job's end; the requeue ends every rank.
+            time.sleep(slurm.TIMEOUT_S)
+            raise
+
+    def checkpoint(self, *args: Any, **kwargs: Any) -> submitit.helpers.DelayedSubmission:
+        """What a requeued job runs: the same, since all state is in files."""
+        return submitit.helpers.DelayedSubmission(self)
+
+
+def _time_is_up(number: int, _frame: Any) -> NoReturn:
+    raise Interrupted(f"{signal.Signals(number).name} outside of training", requeue=True)
+
+
+def _stop(number: int, _frame: Any) -> NoReturn:
+    raise Interrupted(f"stopped by {signal.Signals(number).name}; nothing half-written was kept")
+
+
+# --- the rule's side ---------------------------------------------------------------------------
+
+
+def launch(name: str, path: Path) -> None:
+    """See that the training of a stage directory gets done by a job, and declare it.
+
+    A base model that is imported is no training: it is fetched here, where there is a network.
+
+    Raises:
+        ClusterError: the job failed or was cancelled, or the scheduler refuses it.
+    """
+    job = Job.open(name, path)
+    if not (job.directory / LAUNCH).exists():
+        run_stage(name, path)
+        return
+    with lock(job.directory / FOLDER, f"abf {name} --submit"):
+        Launch(name, job, load_site()).finish()
+
+
+class Launch:
+    """A waiting rule."""
+
+    def __init__(self, name: str, job: Job, site: SiteConfig) -> None:
+        self.name, self.job, self.site = name, job, site
+        self.directory = job.directory
+        self.plan = LaunchConfig.model_validate_json((job.directory / LAUNCH).read_bytes())
+        self.watch = Watch(job.results / ".driver", interval=site.poll_seconds)
+        self._told = ""
+
+    def finish(self) -> None:
+        """Attach or submit, wait, again if need be, and declare."""
+        while not self._finished():
+            job_id = self._attached() or self._submit()
+            try:
+                state = self._wait(job_id)
+            finally:
+                self.watch.drop(job_id)
+            if not self._finished():
+                self._lost(job_id, state)
+        declare(self.directory)
+        self._say("finished; declared")
+
+    def _finished(self) -> bool:
+        config = self.directory / "config.json"
+        return is_finished(self.name, self.directory, inputs=self.job.all_inputs(), config=config)
+
+    @property
+    def job_name(self) -> str:
+        """Unique to this directory on this disk; survives what the id does not."""
+        place = hashlib.sha256(str(self.directory.resolve()).encode()).hexdigest()[:8]
+        return f"abf-{self.name}-{self.directory.name}-{place}"
+
+    def _attached(self) -> str | None:
+        """Id of this directory's live job, if there is one."""
+        record = self._record()
+        job_id = record.get("job_id")
+        if record and job_id is None:
+            # The last process died between asking for the job and writing down its id.
+            live = [found for found in slurm.queue(name=self.job_name) if found.live]
+            if not live:
+                return None
+            job_id = live[0].job_id
+            self._write(job_id, record.get("submissions", 1))
+        if job_id is None or record.get("ended"):
+            return None
+        self._say(f"attached to job {job_id}, submitted before")
+        return job_id
+
+    def _submit(self) -> str:
+        count = self._record().get("submissions", 0) + 1
+        self._write(None, count)
+        executor = submitit.SlurmExecutor(folder=self.directory / FOLDER)
+        executor.update_parameters(**self._parameters())
+        # A driver that is itself a job must not hand on its own geometry.
+        for variable in os.environ.keys() - slurm.clean_environment().keys():
+            del os.environ[variable]
+        try:
+            submitted = executor.submit(TrainJob(self.name, str(self.directory)))
+        except FailedJobError as error:
+            raise ClusterError(
+                f"{self.job_name} was refused: {str(error).strip()} (account {self.site.account}, "
+                f"partition {self.site.partition}, QOS {self.site.qos}; `abf doctor` checks them)"
+            ) from error
+        self._write(submitted.job_id, count)
+        self._say(f"submitted as job {submitted.job_id}: {self.plan.nodes} node(s)")
+        return submitted.job_id
+
+    def _parameters(self) -> dict[str, Any]:
+        site, plan = self.site, self.plan
+        return {
+            "job_name": self.job_name,
+            "account": site.account,
+            "partition": site.partition,
+            "qos": site.qos,
+            "time": min(plan.minutes, site.max_minutes),
+            "nodes": plan.nodes,
+            "ntasks_per_node": plan.ranks_per_node,
+            "cpus_per_task": site.node.cores // plan.ranks_per_node,
+            "gpus_per_node": site.node.gpus or None,
+            "signal_delay_s": site.signal_seconds,
+            "setup": list(site.setup),
+            "srun_args": [
+                "--kill-on-bad-exit=1",
+                f"--cpus-per-task={site.node.cores // plan.ranks_per_node}",  # not inherited
+            ],
+            # A full node, whatever it is asked to hold: time and energy are measured on it.
+            "exclusive": True,
+            "additional_parameters": {
+                "mem": 0,
+                "requeue": True,
+                "comment": f"abf {self.name} {self.directory.name}",
+            },
+        }
+
+    def _wait(self, job_id: str) -> JobState:
+        """Until the job has finished its work or ended otherwise, for good."""
+        done = self.directory / ".done" / "manifest.json"
+        while True:
+            state = self.watch.wait(
+                job_id, until=lambda s: done.exists() or self._given_up(s), each=self._show
+            )
+            if not (state.ended and state.state in RESUBMIT) or done.exists():
+                return state
+            if self._settled(job_id, state):
+                return state
+
+    def _settled(self, job_id: str, state: JobState) -> bool:
+        """Whether an end stays one: Slurm requeues what a node or a preemption ended."""
+        time.sleep(SETTLE_LOOKS * self.site.poll_seconds)
+        now = self.watch.state(job_id)
+        return now is not None and now.state == state.state
+
+    def _given_up(self, state: JobState) -> bool:
+        since = state.unknown_since
+        return since is not None and time.time() - since > self.site.unknown_seconds
+
+    def _lost(self, job_id: str, state: JobState) -> None:
+        """The job ended without its work: go on when nobody wished it, else raise."""
+        record = self._record()
+        write_json(self.directory / RECORD, record | {"ended": state.state})
+        if state.state == "COMPLETED":
+            raise ClusterError(
+                f"job {job_id} completed but left no finished manifest in {self.directory}; "
+                f"{self._logs()}"
+            )
+        if state.state in RESUBMIT:
+            self._say(f"job {job_id} ended as {state.state} ({state.reason}); submitting again")
+            return
+        why = "somebody cancelled it" if state.state == "CANCELLED" else self._last_reason()
+        raise ClusterError(
+            f"job {job_id} ended as {state.state}: {why}. Checkpoints are kept: the same command "
+            f"goes on from the last one; {self._logs()}"
+        )
+
+    def _last_reason(self) -> str:
+        attempts = read_attempts(self.directory)
+        if not attempts:
+            return "it never began"
+        return str(attempts[-1].get("reason") or "no reason on record")
+
+    def _logs(self) -> str:
+        logs = (self.directory / FOLDER).glob("*_0_log.err")
+        newest = max(logs, key=lambda path: path.stat().st_mtime, default=None)
+        return f"its log: {newest}" if newest else "it wrote no log"
+
+    def _record(self) -> dict[str, Any]:
+        path = self.directory / RECORD
+        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+    def _write(self, job_id: str | None, submissions: int) -> None:
+        record = {"job_id": job_id, "name": self.job_name, "submissions": submissions}
+        write_json(self.directory / RECORD, record)
+
+    def _show(self, state: JobState) -> None:
+        trouble = self.watch.trouble()
+        text = f"{state.state} {state.reason}".strip() + (f"; {trouble}" if trouble else "")
+        if text != self._told:
+            self._told = text
+            self._say(text)
+
+    def _say(self, text: str) -> None:
+        print(f"{self.name} {self.directory.name}: {text}", file=sys.stderr, flush=True)

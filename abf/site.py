@@ -1,0 +1,38 @@
+"""The site file: who pays and where jobs go, from ABF_SITE or ~/.config/abf/site.yaml."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+from abf.cluster.config import SiteConfig
+from abf.config import read_yaml, validate
+from abf.errors import ConfigError
+
+
+def site_path(environment: Mapping[str, str] = os.environ) -> Path:
+    """Where the site file is looked for."""
+    if named := environment.get("ABF_SITE"):
+        return Path(named)
+    home = environment.get("XDG_CONFIG_HOME") or "~/.config"
+    return Path(home).expanduser() / "abf" / "site.yaml"
+
+
+def load_site(environment: Mapping[str, str] = os.environ) -> SiteConfig:
+    """Settings of this site; ABF_ACCOUNT goes before the file's account.
+
+    Raises:
+        ConfigError: no account anywhere, or a key that is misspelt or impossible; names the file.
+    """
+    path = site_path(environment)
+    account = environment.get("ABF_ACCOUNT")
+    if not path.exists() and (not account or "ABF_SITE" in environment):
+        raise ConfigError(
+            f"{path} does not exist: write at least the line `account: YOUR_ACCOUNT` into it, or "
+            "name another file in ABF_SITE (docs/leonardo.md explains every key)"
+        )
+    settings = read_yaml(path) if path.exists() else {}
+    if account:
+        settings["account"] = account
+    return validate(SiteConfig, settings, str(path))
