@@ -179,6 +179,7 @@ LEDGER = pa.schema(
         pa.field("gpus", _i32, nullable=False),
         pa.field("elapsed_s", _f64, nullable=False),
         pa.field("node_hours", _f64),
+        pa.field("gpu_hours", _f64),
         pa.field("core_hours", _f64),
         pa.field("energy_j", _f64),
         pa.field("energy_source", _str, nullable=False),

@@ -14,6 +14,7 @@ from pydantic import TypeAdapter, ValidationError
 from abf.base import SEEDS
 from abf.errors import ArtifactError
 from abf.files import lock
+from abf.site import load_node
 from abf.stage import StageRun, declare, is_finished, stage
 from abf.stages import stage_dir
 
@@ -269,9 +270,13 @@ def score(job: Job, run: StageRun) -> dict[str, Any]:
 def ledger(job: Job, run: StageRun) -> dict[str, Any]:
     """Collect one row per job attempt of the study."""
     from abf.ledger.build import build_ledger
+    from abf.ledger.slurm import scheduled_rows
 
-    plan = _plan_of(job)
-    return build_ledger(job.results, [job.results / p for p in plan["stages"]], run.staging)
+    places = _plan_of(job)["stages"]
+    rows = scheduled_rows(job.results, places, node=load_node())
+    return build_ledger(
+        job.results, [job.results / place for place in places], run.staging, scheduled=rows
+    )
 
 
 def report(job: Job, run: StageRun) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
-from abf.cluster.config import SiteConfig
+from abf.cluster.config import NodeConfig, SiteConfig
 from abf.config import read_yaml, validate
 from abf.errors import ConfigError
 
@@ -17,6 +17,12 @@ def site_path(environment: Mapping[str, str] = os.environ) -> Path:
         return Path(named)
     home = environment.get("XDG_CONFIG_HOME") or "~/.config"
     return Path(home).expanduser() / "abf" / "site.yaml"
+
+
+def load_node(environment: Mapping[str, str] = os.environ) -> NodeConfig:
+    """What a full node is; Leonardo's where there is no site file (reading another's results)."""
+    known = site_path(environment).exists() or environment.get("ABF_ACCOUNT")
+    return load_site(environment).node if known else NodeConfig()
 
 
 def load_site(environment: Mapping[str, str] = os.environ) -> SiteConfig:

@@ -82,16 +82,17 @@ def available() -> bool:
     return shutil.which("squeue") is not None
 
 
-def call(*argv: str, timeout: float = TIMEOUT_S) -> str:
-    """Run a client command and return what it prints.
+def call(*argv: str, timeout: float = TIMEOUT_S, extra: Mapping[str, str] | None = None) -> str:
+    """Run a client command, with `extra` in its environment, and return what it prints.
 
     Raises:
         ClusterError: it is not installed, failed, or took longer than `timeout` seconds; says what
             Slurm said.
     """
     try:
+        environment = clean_environment() | dict(extra or {})
         done = subprocess.run(
-            argv, capture_output=True, text=True, timeout=timeout, env=clean_environment()
+            argv, capture_output=True, text=True, timeout=timeout, env=environment
         )
     except FileNotFoundError:
         raise ClusterError(

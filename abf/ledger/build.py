@@ -1,7 +1,7 @@
-"""The ledger of this machine: attempt records of stage directories -> one row per attempt.
+"""The ledger: one row per job attempt, from attempt records and a scheduler's records.
 
-Hours are wall-clock times what was reserved: core_hours = cores * elapsed_s / 3600; node_hours is
-null here and comes from the scheduler's records on a cluster. Energy is joules.
+Hours are wall-clock times what was reserved. A local attempt has core_hours = cores * elapsed_s /
+3600 and no node_hours; a scheduled one has node_hours and gpu_hours. Energy is joules.
 """
 
 from __future__ import annotations
@@ -20,7 +20,13 @@ CLUSTER = "local"
 NOT_MEASURED = "not measured"
 
 
-def build_ledger(results: Path, stage_dirs: Sequence[Path], out: Path) -> dict[str, Any]:
+def build_ledger(
+    results: Path,
+    stage_dirs: Sequence[Path],
+    out: Path,
+    *,
+    scheduled: Sequence[Mapping[str, Any]] = (),
+) -> dict[str, Any]:
     """Write `out`/ledger.parquet (schema LEDGER), one row per attempt, failed ones included.
 
     Args:
@@ -28,22 +34,27 @@ def build_ledger(results: Path, stage_dirs: Sequence[Path], out: Path) -> dict[s
         stage_dirs: directories to charge for; one that is relative lies below `results`, one that
             was never attempted adds nothing, one named twice is charged once.
         out: staging directory.
+        scheduled: rows from a scheduler's records (`abf.ledger.slurm`); what those jobs wrote down
+            themselves is left out, so that nothing is charged twice.
 
     Returns:
-        counts: attempts, failed, core_hours, jobs.
+        counts: attempts, failed, jobs, core_hours, node_hours.
 
     Raises:
         ArtifactError: a line of `attempts.jsonl` is no record; names file, line and fault.
     """
     directories = dict.fromkeys(_below(results, stage_dir(path)) for path in stage_dirs)
     rows = [row for path in directories for row in ledger_rows(path, run=_key(results, path))]
+    jobs = {row["job_id"] for row in scheduled}
+    rows = [*(row for row in rows if row["job_id"] not in jobs), *map(dict, scheduled)]
     rows.sort(key=lambda r: (r["submit_time"], r["rule"], r["run"], r["attempt"], r["job_id"]))
     write_table(out / "ledger.parquet", pa.Table.from_pylist(rows, schema=LEDGER), LEDGER)
     return {
         "attempts": len(rows),
         "failed": sum(row["state"] not in ("COMPLETED", "RUNNING") for row in rows),
         "jobs": len({row["job_id"] for row in rows}),
-        "core_hours": sum(row["core_hours"] for row in rows),
+        "core_hours": sum(row["core_hours"] or 0.0 for row in rows),
+        "node_hours": sum(row["node_hours"] or 0.0 for row in rows),
     }
 
 
@@ -77,6 +88,7 @@ def _row(outcome: Mapping[str, Any]) -> dict[str, Any]:
         "gpus": outcome["gpus"],
         "elapsed_s": outcome["elapsed_s"],
         "node_hours": None,
+        "gpu_hours": None,
         "core_hours": outcome["cores"] * outcome["elapsed_s"] / 3600,
         "energy_j": energy,
         "energy_source": outcome.get("energy_source") or (NOT_MEASURED if energy is None else ""),

@@ -1,0 +1,163 @@
+"""The scheduler's records of a study: which of them are its jobs, kept beyond the site's memory.
+
+node_hours = elapsed_s / 3600 * billing / billing of a full node (32 on Leonardo), so that a quarter
+of a node is charged as one. Records are merged into `{results}/.driver/records.jsonl` by cluster,
+job id and submit time: a site forgets old jobs, the ledger does not.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from abf.cluster import slurm
+from abf.cluster.config import NodeConfig
+from abf.cluster.history import Attempt, history
+from abf.files import atomic_path
+from abf.track.attempts import read_attempts
+
+RECORDS = Path(".driver", "records.jsonl")
+OVERLAP_S = 3 * 86_400
+"""Records may be written or change this long after a job's submission was first seen."""
+
+
+def scheduled_rows(
+    results: Path, places: Sequence[str], *, node: NodeConfig
+) -> list[dict[str, Any]]:
+    """Ledger rows of a study's jobs; none where no scheduler ever worked on it.
+
+    Args:
+        places: `{stage}/{key}` of the study's directories.
+
+    Raises:
+        ClusterError: the accounting does not answer.
+    """
+    refresh = slurm.available() and _was_scheduled([results / place for place in places])
+    attempts = update_records(results, refresh=refresh)
+    return slurm_rows(attempts, places, results, full_billing=node.billing)
+
+
+def _was_scheduled(directories: Iterable[Path]) -> bool:
+    return any(
+        (directory / "job.json").exists()
+        or any(record["job_id"].isdigit() for record in read_attempts(directory))
+        for directory in directories
+    )
+
+
+def update_records(results: Path, *, refresh: bool) -> list[Attempt]:
+    """All kept records; with `refresh`, the scheduler is asked for new and changed ones first.
+
+    Raises:
+        ClusterError: the accounting does not answer.
+    """
+    path = results / RECORDS
+    known: dict[tuple[str, str, int], Attempt] = {}
+    if path.exists():
+        with open(path, encoding="utf-8") as handle:
+            for line in handle:
+                attempt = Attempt(**json.loads(line))
+                known[_key(attempt)] = attempt
+    if refresh:
+        newest = max((attempt.submit for attempt in known.values()), default=0)
+        unfinished = [a.submit for a in known.values() if a.end is None]
+        since = max(0, min([newest, *unfinished]) - OVERLAP_S) if known else 0
+        for attempt in history(since=since):
+            if _ours(attempt):
+                known[_key(attempt)] = attempt
+        with atomic_path(path) as temporary, open(temporary, "w", encoding="utf-8") as handle:
+            for attempt in known.values():
+                handle.write(json.dumps(asdict(attempt)) + "\n")
+    return list(known.values())
+
+
+def _key(attempt: Attempt) -> tuple[str, str, int]:
+    return attempt.cluster, attempt.job_id, attempt.submit
+
+
+def _ours(attempt: Attempt) -> bool:
+    """Whether it is a job of this working folder's, from what the scheduler was told of it."""
+    here = os.path.realpath(attempt.workdir) == os.path.realpath(Path.cwd())
+    return here and attempt.comment.startswith(("abf ", "rule_"))
+
+
+def slurm_rows(
+    attempts: Sequence[Attempt], places: Iterable[str], results: Path, *, full_billing: float
+) -> list[dict[str, Any]]:
+    """Ledger rows of the attempts that worked on these places.
+
+    Args:
+        attempts: records of any jobs.
+        places: `{stage}/{key}` of the study's directories.
+        full_billing: what an hour of a full node is billed.
+    """
+    by_comment: dict[str, str] = {}
+    for place in places:
+        stage, _, key = place.partition("/")
+        by_comment[f"abf {stage} {key}"] = place
+        by_comment[f"rule_{stage}_wildcards_{key.replace('/', '_')}"] = place
+    numbers: dict[str, int] = {}
+    measured: dict[str, dict[str, list[dict[str, Any]]]] = {}
+    rows = []
+    for attempt in sorted(attempts, key=lambda a: (a.submit, a.job_id)):
+        place = by_comment.get(attempt.comment)
+        if place is None:
+            continue
+        numbers[attempt.job_id] = numbers.get(attempt.job_id, 0) + 1
+        if place not in measured:
+            measured[place] = _measured(results / place)
+        joules, source = _energy(attempt, measured[place].get(attempt.job_id, []))
+        stage, _, key = place.partition("/")
+        hours = attempt.elapsed_s / 3600
+        rows.append(
+            {
+                "cluster": attempt.cluster,
+                "job_id": attempt.job_id,
+                "submit_time": _iso(attempt.submit),
+                "attempt": numbers[attempt.job_id],
+                "rule": stage,
+                "run": key,
+                "state": attempt.state,
+                "reason": attempt.reason,
+                "nodes": attempt.nodes,
+                "gpus": attempt.gpus,
+                "elapsed_s": float(attempt.elapsed_s),
+                "node_hours": hours * attempt.billing / full_billing,
+                "gpu_hours": hours * attempt.gpus,
+                "core_hours": None,
+                "energy_j": joules,
+                "energy_source": source,
+            }
+        )
+    return rows
+
+
+def _measured(directory: Path) -> dict[str, list[dict[str, Any]]]:
+    """Closing records of the job's own side, by job id, oldest first."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for record in read_attempts(directory):
+        if record["state"] != "RUNNING":
+            found.setdefault(record["job_id"], []).append(record)
+    return found
+
+
+def _energy(attempt: Attempt, records: Sequence[Mapping[str, Any]]) -> tuple[float | None, str]:
+    if attempt.energy_j is not None:
+        return attempt.energy_j, "Slurm ConsumedEnergyRaw"
+    if attempt.start is None:
+        return None, "not measured"
+    end = float("inf") if attempt.end is None else attempt.end + 1
+    for record in records:
+        ours = attempt.start - 1 <= record["start"] <= end
+        if ours and record.get("energy_j") is not None:
+            return record["energy_j"], record.get("energy_source", "")
+    return None, "not measured"
+
+
+def _iso(seconds: int) -> str:
+    return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="seconds")

@@ -1,0 +1,197 @@
+"""`snakemake --profile leonardo`, literally, on a real scheduler; and drivers that die."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from abf.artifacts import LEDGER, read_manifest, read_table
+from abf.cluster.config import NodeConfig
+from abf.driver import orphans
+from tests.slurm.box import Box
+from tests.slurm.daemons import wait_for
+from tests.slurm.jobs import show, submit, wait_state
+from tests.slurm.test_launch import RUN, SITE
+from tests.workflow.conftest import ROOT
+
+STUDY = RUN.replace("tasks: {", "tasks: {go: {kind: continuation, prompts: 2, prompt_tokens: 8, "
+    "new_tokens: 12}, ") + """
+decoders:
+  half: {strategy: {kind: threshold, threshold: 0.5}, extent: {kind: length_head}, precision: fp32}
+report: {generations: 1, bootstrap: 100}
+"""  # fmt: skip
+FAST = ("--slurm-init-seconds-before-status-checks", "3", "--latency-wait", "5")
+"""What is longer on Leonardo than a test can wait."""
+
+
+class Site:
+    """A working folder of a user whose profile is linked and whose site file is written."""
+
+    def __init__(self, folder: Path, box: Box) -> None:
+        self.folder, self.box = folder, box
+        home = folder / "config"
+        (home / "abf").mkdir(parents=True)
+        (home / "abf" / "site.yaml").write_text(SITE)
+        path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+        self.env = box.env | {"XDG_CONFIG_HOME": str(home), "OMP_NUM_THREADS": "1", "PATH": path}
+        self.env.pop("ABF_SITE", None)
+        (folder / "run.yaml").write_text(STUDY)
+        os.symlink(ROOT / "workflow", folder / "workflow")
+        done = self.call("abf", "link-profile", "leonardo", "--profiles", str(ROOT / "profiles"),
+                         "--config-home", str(home))  # fmt: skip
+        assert done.returncode == 0, done.stdout
+
+    def call(self, *argv: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            argv, cwd=self.folder, env=self.env, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        )  # fmt: skip
+
+    def snakemake(self, *arguments: str) -> list[str]:
+        return [
+            "snakemake",
+            "--profile",
+            "leonardo",
+            *FAST,
+            *arguments,
+            "--config",
+            "study=run.yaml",
+        ]
+
+    def start(self, *argv: str) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            argv, cwd=self.folder, env=self.env, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
+        )  # fmt: skip
+
+    def jobs(self) -> list[dict[str, str]]:
+        """Every attempt of every job submitted from here, as sacct tells it."""
+        names = ("JobIDRaw", "Comment", "State", "ElapsedRaw", "AllocTRES", "WorkDir", "Submit")
+        text = self.box.run(
+            "sacct", "--allocations", "--duplicates", "--noheader", "--parsable2",
+            "--starttime=1970-01-02", f"--format={','.join(names)}",
+        ).stdout  # fmt: skip
+        rows = [dict(zip(names, line.split("|"), strict=True)) for line in text.splitlines()]
+        return [row for row in rows if row["WorkDir"] == str(self.folder)]
+
+    def plan(self) -> dict:
+        return json.loads((self.folder / "results/plan/micro.json").read_text())
+
+
+@pytest.fixture
+def site(box: Box, tmp_path: Path) -> Site:
+    (tmp_path / "user").mkdir()
+    return Site(tmp_path / "user", box)
+
+
+def test_the_users_command_runs_the_study_and_the_books_are_the_schedulers(site: Site) -> None:
+    done = site.call(*site.snakemake())
+    assert done.returncode == 0, done.stdout[-5000:]
+    results = site.folder / "results"
+    (page,) = results.glob("report/*/index.html")
+    assert "sentence" in page.read_text()
+    jobs = site.jobs()
+    comments = {row["Comment"].split("_wildcards_")[0].split(" pretrain")[0] for row in jobs}
+    assert {"rule_prepare", "rule_tokenize", "rule_decode", "rule_score"} <= comments
+    assert {row["State"] for row in jobs} == {"COMPLETED"}
+
+    (path,) = results.glob("ledger/*/ledger.parquet")
+    ledger = [r for r in read_table(path, LEDGER).to_pylist() if r["node_hours"] is not None]
+    assert {r["job_id"] for r in ledger} == {row["JobIDRaw"] for row in jobs}
+    tres = {
+        row["JobIDRaw"]: dict(p.split("=") for p in row["AllocTRES"].split(",")) for row in jobs
+    }
+    seconds = {row["JobIDRaw"]: int(row["ElapsedRaw"]) for row in jobs}
+    for row in ledger:
+        job = row["job_id"]
+        assert row["elapsed_s"] == seconds[job]
+        billed = float(tres[job]["billing"]) / NodeConfig().billing
+        assert row["node_hours"] == pytest.approx(seconds[job] / 3600 * billed)
+        assert row["gpu_hours"] == pytest.approx(
+            seconds[job] / 3600 * int(tres[job].get("gres/gpu", 0))
+        )
+    trained = next(row for row in ledger if row["rule"] == "train")
+    assert (trained["nodes"], trained["gpus"]) == (2, 8)
+    # A node that is measured is nobody else's.
+    decoded = next(row for row in ledger if row["rule"] == "decode")
+    assert tres[decoded["job_id"]]["cpu"] == "32"
+    local = [r for r in read_table(path, LEDGER).to_pylist() if r["node_hours"] is None]
+    assert {r["rule"] for r in local} <= {"fetch", "ledger", "report", "mlflow"}
+
+    again = site.call(*site.snakemake())
+    assert again.returncode == 0
+    assert "Nothing to be done" in again.stdout
+    assert len(site.jobs()) == len(jobs)
+
+
+def test_a_driver_killed_during_training_submits_nothing_twice(site: Site) -> None:
+    process = site.start(*site.snakemake())
+    (site.folder / "results").mkdir(exist_ok=True)
+
+    def training() -> bool:
+        return any(row["Comment"].startswith("abf train") for row in site.jobs())
+
+    wait_for("a training", training, seconds=240, every=0.5)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    done = site.call(*site.snakemake())
+    assert done.returncode == 0, done.stdout[-5000:]
+    comments = [row["Comment"] for row in site.jobs()]
+    assert len(comments) == len(set(comments)), comments
+    read_manifest(site.folder / "results" / site.plan()["cells"][0]["score"])
+
+
+def test_a_dead_drivers_job_is_waited_for(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    done = site.call("abf", "plan", "run.yaml")
+    assert done.returncode == 0
+    cell = site.plan()["cells"][0]
+    stage, _, key = cell["packed"].partition("/")
+    comment = f"--comment=rule_{stage}_wildcards_{key}"
+    here = ("--chdir", str(site.folder))
+    job = submit(site.box, "sleep 8", "--job-name=abf_0000", comment, *here)
+    other = submit(site.box, "sleep 60", "--job-name=abf_0000", comment, "--chdir", "/tmp")
+    monkeypatch.setenv("SLURM_CONF", site.env["SLURM_CONF"])
+    monkeypatch.chdir(site.folder)
+    assert [found.job_id for found in orphans([(stage, key)])] == [job]
+    assert orphans([(stage, "another")]) == []
+    done = site.call(*site.snakemake("--until", "fetch"))
+    assert done.returncode == 0, done.stdout
+    assert f"job {job} (rule_{stage}_wildcards_{key}" in done.stdout
+    assert show(site.box, job)["JobState"] == "COMPLETED"
+    site.box.run("scancel", other)
+
+
+def test_scancel_of_a_rules_job_is_noticed(site: Site) -> None:
+    done = site.call(*site.snakemake("--until", "tokenize"))
+    assert done.returncode == 0, done.stdout[-3000:]
+    # Four nodes full of other work: the next job waits in the queue, where it is cancelled.
+    filler = submit(site.box, "sleep 600", "--nodes=4", "--exclusive", "--mem=0")
+    wait_state(site.box, filler, "RUNNING")
+    process = site.start(*site.snakemake("--until", "segment"))
+
+    def waiting() -> list[str]:
+        text = site.box.run("squeue", "--noheader", "--states=PENDING", "--format=%i|%k").stdout
+        rows = [line.split("|") for line in text.splitlines()]
+        return [job for job, comment in rows if comment.startswith("rule_segment")]
+
+    wait_for("a waiting job", lambda: bool(waiting()), seconds=60, every=0.3)
+    (job,) = waiting()
+    site.box.run("scancel", job)
+    # Two minutes is what may be lost; here the pauses begin at three seconds.
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode != 0
+    assert "CANCELLED" in output
+    site.box.run("scancel", filler)
+
+
+def test_a_missing_site_file_is_one_message(site: Site) -> None:
+    (Path(site.env["XDG_CONFIG_HOME"]) / "abf" / "site.yaml").unlink()
+    done = site.call(*site.snakemake("-n"))
+    assert done.returncode != 0
+    assert "account: YOUR_ACCOUNT" in done.stdout
