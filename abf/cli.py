@@ -7,6 +7,7 @@ its settings and its input directories. `abf STAGE --help` says what each stage 
 from __future__ import annotations
 
 import argparse
+import os
 import signal
 import sys
 from pathlib import Path
@@ -46,6 +47,33 @@ Run Snakemake on the cluster's serial partition, as a chain of short jobs.
 Login nodes end long processes. `start` submits a driver that queues itself again before its time
 limit until everything is made or nothing can progress; `status`, `follow` and `stop` look at it.
 Ending the driver ends no training: the next one attaches to it."""
+
+DOCTOR = """\
+Check account, partition, QOS, budget, disks, versions and data before a job is submitted.
+
+Prints one line a check, OK, WARN or FAIL, with what to do; exits 0 only if nothing failed. With a
+study, its trainings and sources are looked at, too. What the scheduler allows is stored in
+RESULTS/.driver/limits.json."""
+
+STATUS = """\
+One screen about a results folder: what is done, at work, spent, to come, and what failed last.
+
+Counts stage directories by state, lists running and waiting work with job or process, progress and
+time left, names the driver, adds up core-hours and node-hours, and ends with the last failure and
+the end of its log. Reads files, and asks the scheduler where there is one; changes nothing."""
+WHY = """\
+Say why a directory will run or not, in the words of config keys and stage versions.
+
+TARGET is a stage directory, its manifest, a stage, a cell of the study, or a key without its hash.
+Names the root cause above it, and, for what was never run, the nearest finished directory and the
+keys that differ. Changes nothing."""
+
+BUDGET = """\
+Node-hours spent, committed and to come, against the allocation and the study's cap.
+
+Counts every attempt of every user of the account since the allocation began, running and queued
+jobs to their time limits, and a forecast from what finished directories have cost. With a study,
+its plan is written and refused (exit code 9) when it does not fit."""
 
 
 def _stop(number: int, _frame: Any) -> NoReturn:
@@ -106,6 +134,28 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("study", type=Path, nargs="?", help="grid or run YAML, for `start`")
     sub.add_argument("--results", type=Path, default=Path("results"), help="default: results")
     sub.add_argument("--profile", default="leonardo", help="Snakemake profile (default: leonardo)")
+    sub = command(
+        "doctor", DOCTOR, "abf doctor", "abf doctor config/grids/demo.yaml", "abf doctor --job"
+    )
+    sub.add_argument("study", type=Path, nargs="?", help="grid or run YAML")
+    sub.add_argument("--results", type=Path, default=Path("results"), help="default: results")
+    sub.add_argument("--profile", default="leonardo", help="Snakemake profile (default: leonardo)")
+    sub.add_argument("--job", action="store_true", help="also ask a compute node (a short job)")
+    sub = command("status", STATUS, "abf status", "abf status config/grids/demo.yaml")
+    sub.add_argument("study", type=Path, nargs="?", help="grid or run YAML (default: all planned)")
+    sub.add_argument("--results", type=Path, default=Path("results"), help="default: results")
+    sub = command(
+        "why", WHY, "abf why sentence-s0", "abf why results/train/KEY config/grids/demo.yaml"
+    )
+    sub.add_argument("target", help="directory, manifest, stage, cell, or key")
+    sub.add_argument("study", type=Path, nargs="?", help="grid or run YAML (default: all planned)")
+    sub.add_argument("--results", type=Path, default=Path("results"), help="default: results")
+    sub = command(
+        "budget", BUDGET, "abf budget", "abf budget config/grids/demo.yaml --plot budget.svg"
+    )
+    sub.add_argument("study", type=Path, nargs="?", help="grid or run YAML (default: all planned)")
+    sub.add_argument("--results", type=Path, default=Path("results"), help="default: results")
+    sub.add_argument("--plot", type=Path, metavar="FILE.svg", help="write the burn-down as SVG")
     return parser
 
 
@@ -160,6 +210,23 @@ def _run(arguments: argparse.Namespace) -> int:
         print(link_profile(arguments.name, arguments.profiles, arguments.config_home))
     elif command == "drive":
         return _drive(arguments)
+    elif command == "budget":
+        from abf.budget import show_budget
+
+        show_budget(arguments.results, arguments.study, arguments.plot)
+    elif command == "status":
+        from abf.status import show_status
+
+        show_status(arguments.results, arguments.study)
+    elif command == "why":
+        from abf.why import show_why
+
+        show_why(arguments.target, arguments.results, arguments.study)
+    elif command == "doctor":
+        from abf.doctor import doctor
+
+        healthy = doctor(arguments.results, arguments.study, arguments.profile, job=arguments.job)
+        return 0 if healthy else 1
     else:
         from abf.study import serve_ui
 
@@ -176,6 +243,9 @@ def main(argv: list[str] | None = None) -> int:
     except AbfError as error:
         print(f"abf {arguments.command}: {error}", file=sys.stderr, flush=True)
         return error.exit_code
+    except BrokenPipeError:  # `abf ... | head`: nobody reads on
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except OSError as error:
         fault = os_fault(error)
         if fault is None:

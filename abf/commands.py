@@ -80,6 +80,18 @@ class Job:
         """Every input, by name."""
         return {name: self.inputs(name) for name in self.document["inputs"]}
 
+    def finished(self) -> bool:
+        """Whether this very work lies here, finished and whole, declared or not.
+
+        Raises:
+            ArtifactError: an input is unfinished or damaged.
+        """
+        # An imported checkpoint's files may have changed; nothing here knows them.
+        if self.document["config"].get("base", {}).get("kind") == "import":
+            return False
+        stage, config = self.document["stage"], self.directory / "config.json"
+        return is_finished(stage, self.directory, inputs=self.all_inputs(), config=config)
+
     def _place(self, relative: str) -> Path:
         return Path(os.path.relpath(self.results / relative))
 
@@ -346,7 +358,7 @@ def run_stage(name: str, path: Path, *, declared: bool = True) -> None:
     directory, inputs = job.directory, job.all_inputs()
     config = directory / "config.json"
     with lock(directory, f"abf {name}"):
-        if is_finished(name, directory, inputs=inputs, config=config):
+        if job.finished():
             if declared:
                 print(f"{directory} was finished before, from these very inputs: declared again")
                 declare(directory)

@@ -15,7 +15,7 @@ import yaml
 from pydantic import Field, ValidationError
 
 from abf.base import ConfigModel, Seed
-from abf.cluster.config import LaunchConfig
+from abf.cluster.config import BudgetConfig, LaunchConfig
 from abf.data.config import (
     PackConfig,
     PrepareConfig,
@@ -86,6 +86,8 @@ class RunConfig(ConfigModel):
     """Evaluation protocols by name."""
     launch: LaunchConfig = LaunchConfig()
     """How training is spread over a cluster."""
+    budget: BudgetConfig = BudgetConfig()
+    """What the study may spend; the same in all cells of a grid."""
     scoring: ScoringConfig = ScoringConfig()
     """How scores are computed."""
     decoders: dict[Name, DecoderConfig] = {

@@ -7,6 +7,7 @@ declared (`abf.stage.is_finished`), so no job's work is done twice.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import os
 import sys
@@ -25,6 +26,7 @@ NOTICE_SECONDS = 60
 notice a cancelled job only after three minutes."""
 
 _held = contextlib.ExitStack()
+_claimed: set[Path] = set()
 
 
 def claim(results: Path, study: str) -> None:
@@ -36,7 +38,11 @@ def claim(results: Path, study: str) -> None:
     Raises:
         LockError: another driver holds it; names it.
     """
-    _held.enter_context(lock(results / ".driver", f"snakemake on {study}"))
+    folder = results / ".driver"
+    if folder not in _claimed:  # once is enough
+        _held.enter_context(lock(folder, f"snakemake on {study}"))
+        _claimed.add(folder)
+        atexit.register(_held.close)  # takes our name off the lock
 
 
 def settle(places: Iterable[tuple[str, str]], *, interval: float) -> None:

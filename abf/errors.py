@@ -57,6 +57,12 @@ class ClusterError(AbfError):
     exit_code = 8
 
 
+class BudgetError(AbfError):
+    """Node-hours that would go past a cap; gives the sum, and what to change."""
+
+    exit_code = 9
+
+
 class Interrupted(AbfError):
     """A signal asked us to stop; state was saved and the same command goes on from there.
 

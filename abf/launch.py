@@ -28,9 +28,11 @@ from abf.cluster.poll import UNKNOWN, JobState, Watch
 from abf.commands import Job, follow_stage, run_stage
 from abf.errors import ClusterError, Interrupted
 from abf.files import lock, write_json
+from abf.ledger.budget import job_node_hours
+from abf.ledger.reserve import allow
 from abf.plan import LAUNCH
 from abf.site import load_site
-from abf.stage import declare, is_finished
+from abf.stage import declare
 from abf.track.attempts import read_attempts
 
 RECORD = "job.json"
@@ -103,6 +105,7 @@ def launch(name: str, path: Path) -> None:
 
     Raises:
         ClusterError: the job failed or was cancelled, or the scheduler refuses it.
+        BudgetError: it does not fit into the allocation or a study's cap.
     """
     job = Job.open(name, path)
     if not (job.directory / LAUNCH).exists():
@@ -124,20 +127,16 @@ class Launch:
 
     def finish(self) -> None:
         """Attach or submit, wait, again if need be, and declare."""
-        while not self._finished():
+        while not self.job.finished():
             job_id = self._attached() or self._submit()
             try:
                 state = self._wait(job_id)
             finally:
                 self.watch.drop(job_id)
-            if not self._finished():
+            if not self.job.finished():
                 self._lost(job_id, state)
         declare(self.directory)
         self._say("finished; declared")
-
-    def _finished(self) -> bool:
-        config = self.directory / "config.json"
-        return is_finished(self.name, self.directory, inputs=self.job.all_inputs(), config=config)
 
     @property
     def job_name(self) -> str:
@@ -163,20 +162,30 @@ class Launch:
 
     def _submit(self) -> str:
         count = self._record().get("submissions", 0) + 1
-        self._write(None, count)
         executor = submitit.SlurmExecutor(folder=self.directory / FOLDER)
         executor.update_parameters(**self._parameters())
         # A driver that is itself a job must not hand on its own geometry.
         for variable in os.environ.keys() - slurm.clean_environment().keys():
             del os.environ[variable]
-        try:
-            submitted = executor.submit(TrainJob(self.name, str(self.directory)))
-        except FailedJobError as error:
-            raise ClusterError(
-                f"{self.job_name} was refused: {str(error).strip()} (account {self.site.account}, "
-                f"partition {self.site.partition}, QOS {self.site.qos}; `abf doctor` checks them)"
-            ) from error
-        self._write(submitted.job_id, count)
+        with allow(
+            job_node_hours(self.plan, self.site),
+            place=f"{self.name}/{self.job.document['key']}",
+            job_name=self.job_name,
+            results=self.job.results,
+            site=self.site,
+        ) as note:
+            # From here on there may be a job whose id nobody has written down.
+            self._write(None, count)
+            try:
+                submitted = executor.submit(TrainJob(self.name, str(self.directory)))
+            except FailedJobError as error:
+                raise ClusterError(
+                    f"{self.job_name} was refused: {str(error).strip()} (account "
+                    f"{self.site.account}, partition {self.site.partition}, QOS {self.site.qos}; "
+                    "`abf doctor` checks them)"
+                ) from error
+            self._write(submitted.job_id, count)
+            note(submitted.job_id)
         self._say(f"submitted as job {submitted.job_id}: {self.plan.nodes} node(s)")
         return submitted.job_id
 

@@ -241,16 +241,35 @@ class Plan:
         changed = 0
         for instance in self.instances.values():
             path = instance.directory(self.results) / "config.json"
-            changed += _write_if_changed(path, _resolved(instance, path))
+            changed += _write_if_changed(path, self.document(instance))
             if instance.launch is not None:
                 # Beside the configuration, not in it: another number of nodes reruns nothing.
                 changed += _write_if_changed(path.with_name(LAUNCH), _dump(instance.launch))
         return changed + _write_if_changed(self.path, self.as_document())
 
+    def document(self, instance: Instance) -> dict[str, Any]:
+        """What `write` puts into an instance's `config.json`."""
+        return _resolved(instance, instance.directory(self.results) / "config.json")
+
     @property
     def path(self) -> Path:
         """File that lists the study's cells and directories, read by ledger, report and ingest."""
         return self.results / "plan" / f"{self.study.name}.json"
+
+    @property
+    def cap_node_hours(self) -> float | None:
+        """What the study may spend.
+
+        Raises:
+            ConfigError: its cells say different things.
+        """
+        caps = {cell.config.budget.cap_node_hours for cell in self.study.cells}
+        if len(caps) > 1:
+            raise ConfigError(
+                f"{self.study.path}: budget.cap_node_hours is one figure for the whole study, but "
+                f"its cells say {', '.join(map(str, caps))}; set it in the base run only"
+            )
+        return caps.pop()
 
     def as_document(self) -> dict[str, Any]:
         """The plan as JSON values."""
@@ -260,7 +279,8 @@ class Plan:
                 "arm": planned.cell.config.arm,
                 "seed": planned.cell.config.seed,
                 "run": planned.run,
-                "config": planned.cell.config.model_dump(mode="json"),
+                # A cap may be raised at any time; what a cell runs stays what it is.
+                "config": planned.cell.config.model_dump(mode="json", exclude={"budget"}),
                 "train": planned.train.place,
                 "decodes": {name: d.place for name, d in planned.decodes.items()},
                 "score": planned.score.place,
@@ -277,6 +297,7 @@ class Plan:
         return {
             "study": self.study.name,
             "grid": self.study.path.name,
+            "cap_node_hours": self.cap_node_hours,
             "cells": cells,
             "stages": [i.place for i in self.instances.values() if i.stage not in ends],
         }

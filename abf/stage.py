@@ -15,14 +15,16 @@ from pathlib import Path
 from typing import Any
 
 from abf.artifacts import file_entries, publish, read_manifest
-from abf.files import lock, sha256, write_json
+from abf.files import lock, sha256, write_json, write_text
 from abf.stages import MANIFEST, STAGES, stage_dir
 from abf.track.attempts import attempt
 
 STAGING = ".staging"
+CONFIG = "config.json"
 DONE = ".done"
-"""Folder of the finished manifest. Snakemake deletes declared outputs before it runs a rule again,
-after a killed driver for example; what lies here it does not know, so finished work is not lost."""
+"""Folder of the finished manifest, and of the configuration it was made with. Snakemake deletes
+declared outputs before it runs a rule again, after a killed driver for example; what lies here it
+does not know, so finished work is not lost."""
 
 
 class StageRun:
@@ -170,6 +172,9 @@ def stage(
                 "seconds": time.time() - began,
                 "core_seconds": sum(os.times()[:4]),
             }
+            if config is not None:
+                # The manifest has its hash; `abf why` has to name the keys that differ.
+                write_text(directory / DONE / CONFIG, config.read_text(encoding="utf-8"))
             write_json(directory / DONE / MANIFEST, manifest)
             if declared:
                 declare(directory)

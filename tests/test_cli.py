@@ -70,7 +70,9 @@ def test_a_fault_of_ours_keeps_its_traceback(
         cli.main(["plan", "my.yaml"])
 
 
-@pytest.mark.parametrize("command", ["plan", "config", "ui", "link-profile", *cli.STAGE_COMMANDS])
+@pytest.mark.parametrize(
+    "command", ["plan", "config", "ui", "link-profile", "status", "why", *cli.STAGE_COMMANDS]
+)
 def test_help_describes_and_gives_an_example(
     capsys: pytest.CaptureFixture[str], command: str
 ) -> None:

@@ -25,6 +25,14 @@ class LaunchConfig(ConfigModel):
     """Time limit of one job; a longer training requeues itself."""
 
 
+class BudgetConfig(ConfigModel):
+    """What a study may spend; it changes no result."""
+
+    cap_node_hours: float | None = Field(default=None, gt=0)
+    """Most node-hours of the whole study, what it shares with other studies included. None: only
+    the allocation of the site file binds."""
+
+
 class NodeConfig(ConfigModel):
     """One full node, the unit that is paid for."""
 

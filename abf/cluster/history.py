@@ -6,6 +6,8 @@ under one id; without `--duplicates` all but the last would be missing from the 
 
 from __future__ import annotations
 
+import functools
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
@@ -14,6 +16,8 @@ from abf.cluster.slurm import SEPARATOR, call, plain_state
 _FIELDS = {
     "cluster": "Cluster",
     "job_id": "JobIDRaw",
+    "shown_id": "JobID",
+    "user": "User",
     "name": "JobName",
     "comment": "Comment",
     "account": "Account",
@@ -58,6 +62,14 @@ class Attempt:
     energy_j: float | None
     """As the scheduler measured it; None where it does not."""
     workdir: str
+    user: str = ""
+    tasks: int = 1
+    """More than one only for the waiting tasks of a job array, which share one record."""
+
+    @property
+    def key(self) -> tuple[str, str, int]:
+        """Cluster, job id and submit time: no other attempt has them."""
+        return self.cluster, self.job_id, self.submit
 
 
 def history(
@@ -66,19 +78,18 @@ def history(
     """Attempts that were in the system since a time, oldest first for each job.
 
     Args:
-        since: Unix seconds.
+        since: Unix seconds; some that ended up to an hour earlier may come, too.
         account: only this account's.
         everybody: all users' (where the site shows them), not only ours.
 
     Raises:
         ClusterError: the accounting does not answer.
     """
+    # Slurm reads local times only; an hour more, since one of them comes twice in autumn.
+    first = time.strftime("%Y-%m-%dT%H:%M:%S", time.localtime(max(since - 3600, 86_400)))
     argv = [
         *("sacct", "--allocations", "--duplicates", "--noheader", "--parsable2"),
-        *(
-            f"--delimiter={SEPARATOR}",
-            f"--starttime=@{since}" if since else "--starttime=1970-01-02",
-        ),
+        *(f"--delimiter={SEPARATOR}", f"--starttime={first}"),
         f"--format={','.join(_FIELDS.values())}",
     ]
     if account:
@@ -114,9 +125,26 @@ def parse(text: str) -> Iterator[Attempt]:
             requested_billing=float(requested.get("billing", 0)),
             energy_j=_energy(row["energy"]),
             workdir=row["workdir"],
+            user=row["user"],
+            tasks=_tasks(row["shown_id"]),
         )
 
 
+def _tasks(shown_id: str) -> int:
+    """Tasks that a record stands for: `7_[0-9:3,20%4]` are 5 (four at once at most), others 1."""
+    _, bracket, listed = shown_id.partition("_[")
+    if not bracket:
+        return 1
+    count = 0
+    for part in listed.rstrip("]").partition("%")[0].split(","):
+        span, _, step = part.partition(":")
+        first, _, last = span.partition("-")
+        if first.isdigit():  # a list too long to be shown ends in dots
+            count += (int(last or first) - int(first)) // int(step or 1) + 1
+    return max(count, 1)
+
+
+@functools.lru_cache(maxsize=4096)  # a study's jobs ask for few different things
 def _tres(text: str) -> Mapping[str, str]:
     """`billing=64,cpu=64,mem=964G,node=2` by name."""
     return dict(part.split("=", 1) for part in text.split(",") if "=" in part)

@@ -7,10 +7,10 @@ job id and submit time: a site forgets old jobs, the ledger does not.
 
 from __future__ import annotations
 
+import functools
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -56,34 +56,50 @@ def update_records(results: Path, *, refresh: bool) -> list[Attempt]:
     Raises:
         ClusterError: the accounting does not answer.
     """
-    path = results / RECORDS
-    known: dict[tuple[str, str, int], Attempt] = {}
-    if path.exists():
-        with open(path, encoding="utf-8") as handle:
-            for line in handle:
-                attempt = Attempt(**json.loads(line))
-                known[_key(attempt)] = attempt
+    known = kept_records(results)
     if refresh:
-        newest = max((attempt.submit for attempt in known.values()), default=0)
-        unfinished = [a.submit for a in known.values() if a.end is None]
-        since = max(0, min([newest, *unfinished]) - OVERLAP_S) if known else 0
-        for attempt in history(since=since):
-            if _ours(attempt):
-                known[_key(attempt)] = attempt
+        for attempt in ours(history(since=changed_since(known.values()))):
+            known[attempt.key] = attempt
+        path = results / RECORDS
         with atomic_path(path) as temporary, open(temporary, "w", encoding="utf-8") as handle:
             for attempt in known.values():
-                handle.write(json.dumps(asdict(attempt)) + "\n")
+                handle.write(json.dumps(vars(attempt)) + "\n")
     return list(known.values())
 
 
-def _key(attempt: Attempt) -> tuple[str, str, int]:
-    return attempt.cluster, attempt.job_id, attempt.submit
+def kept_records(results: Path) -> dict[tuple[str, str, int], Attempt]:
+    """Records of our jobs that were seen before, by `Attempt.key`."""
+    path = results / RECORDS
+    if not path.exists():
+        return {}
+    with open(path, encoding="utf-8") as handle:
+        attempts = [Attempt(**json.loads(line)) for line in handle]
+    return {attempt.key: attempt for attempt in attempts}
 
 
-def _ours(attempt: Attempt) -> bool:
-    """Whether it is a job of this working folder's, from what the scheduler was told of it."""
-    here = os.path.realpath(attempt.workdir) == os.path.realpath(Path.cwd())
-    return here and attempt.comment.startswith(("abf ", "rule_"))
+def changed_since(known: Collection[Attempt]) -> int:
+    """Time (Unix seconds) from which the scheduler may know more than these; 0: from the start."""
+    if not known:
+        return 0
+    newest = max(attempt.submit for attempt in known)
+    unfinished = [attempt.submit for attempt in known if attempt.end is None]
+    return max(0, min([newest, *unfinished]) - OVERLAP_S)
+
+
+def ours(attempts: Iterable[Attempt]) -> Iterator[Attempt]:
+    """Those that are jobs of this working folder's, from what the scheduler was told of them."""
+    here = os.path.realpath(Path.cwd())
+    # Every job of a study names the same folder; to resolve it costs a look at each of its parts.
+    resolve = functools.lru_cache(os.path.realpath)
+    for attempt in attempts:
+        if attempt.comment.startswith(("abf ", "rule_")) and resolve(attempt.workdir) == here:
+            yield attempt
+
+
+def comments_of(place: str) -> tuple[str, str]:
+    """What the scheduler is told of a job on `{stage}/{key}`: by `abf.launch`, and by Snakemake."""
+    stage, _, key = place.partition("/")
+    return f"abf {stage} {key}", f"rule_{stage}_wildcards_{key.replace('/', '_')}"
 
 
 def slurm_rows(
@@ -96,11 +112,7 @@ def slurm_rows(
         places: `{stage}/{key}` of the study's directories.
         full_billing: what an hour of a full node is billed.
     """
-    by_comment: dict[str, str] = {}
-    for place in places:
-        stage, _, key = place.partition("/")
-        by_comment[f"abf {stage} {key}"] = place
-        by_comment[f"rule_{stage}_wildcards_{key.replace('/', '_')}"] = place
+    by_comment = {comment: place for place in places for comment in comments_of(place)}
     numbers: dict[str, int] = {}
     measured: dict[str, dict[str, list[dict[str, Any]]]] = {}
     rows = []

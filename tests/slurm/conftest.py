@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import pytest
 
 from tests.slurm.box import Box
+from tests.slurm.micro import Study, prepare
 from tests.slurm.owner import Owner, remove_orphans
 
 NO_SLURM = "no Slurm in a box"
@@ -25,6 +26,12 @@ def box() -> Iterator[Box]:
         yield cluster
     finally:
         owner.release()
+
+
+@pytest.fixture(scope="session")
+def prepared(box: Box, tmp_path_factory: pytest.TempPathFactory) -> Study:
+    """Everything before training, made once on this machine; tests take a copy."""
+    return prepare(tmp_path_factory.mktemp("slurm"), box)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -10,12 +11,14 @@ import pytest
 from tests.slurm.box import Box
 from tests.slurm.daemons import wait_for
 from tests.slurm.jobs import show, wait_attempts, wait_state
+from tests.slurm.micro import Study
 from tests.slurm.test_profile_run import Site
 
 
 @pytest.fixture
-def site(box: Box, tmp_path: Path) -> Site:
-    (tmp_path / "user").mkdir()
+def site(box: Box, prepared: Study, tmp_path: Path) -> Site:
+    """A user whose data and base model are made."""
+    shutil.copytree(prepared.folder, tmp_path / "user", copy_function=shutil.copy2)
     found = Site(tmp_path / "user", box)
     # The profile's own pauses are minutes; a driver takes no options of its own.
     profile = found.folder / "config" / "snakemake" / "quick"
@@ -32,6 +35,10 @@ def start(site: Site) -> str:
     return state(site)["job_id"]
 
 
+def trainings(site: Site) -> list[str]:
+    return [r["JobIDRaw"] for r in site.jobs() if r["Comment"].startswith("abf train")]
+
+
 def state(site: Site) -> dict:
     return json.loads((site.folder / "results/.driver/drive.json").read_text())
 
@@ -46,10 +53,7 @@ def test_a_driver_in_the_queue_finishes_the_study(site: Site) -> None:
     assert show(site.box, job)["Partition"] == "lrd_all_serial"
 
     # Its time is nearly up, in the middle of the work: the same id queues again and goes on.
-    def base_is_made() -> bool:
-        return bool(list(site.folder.glob("results/base/*/manifest.json")))
-
-    wait_for("the base", base_is_made, seconds=200, every=0.5)
+    wait_for("a training", lambda: bool(trainings(site)), seconds=200, every=0.3)
     site.box.run("scancel", "--signal=USR1", "--batch", job)
     followed = site.call("abf", "drive", "follow")
     assert followed.returncode == 0
@@ -64,14 +68,10 @@ def test_a_driver_in_the_queue_finishes_the_study(site: Site) -> None:
 
 def test_a_stopped_driver_leaves_its_jobs(site: Site) -> None:
     job = start(site)
-
-    def training() -> bool:
-        return any(row["Comment"].startswith("abf base") for row in site.jobs())
-
-    wait_for("a training", training, seconds=200, every=0.3)
+    wait_for("a training", lambda: bool(trainings(site)), seconds=200, every=0.3)
     done = site.call("abf", "drive", "stop")
     assert done.returncode == 0
     wait_state(site.box, job, "CANCELLED")
-    (base,) = [row for row in site.jobs() if row["Comment"].startswith("abf base")]
-    wait_attempts(site.box, base["JobIDRaw"], "COMPLETED", seconds=60)
+    (training,) = trainings(site)
+    wait_attempts(site.box, training, "COMPLETED", seconds=60)
     assert site.call("abf", "drive", "stop").returncode == 8

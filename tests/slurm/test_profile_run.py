@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,7 +18,7 @@ from abf.driver import orphans
 from tests.slurm.box import Box
 from tests.slurm.daemons import wait_for
 from tests.slurm.jobs import show, submit, wait_state
-from tests.slurm.test_launch import RUN, SITE
+from tests.slurm.micro import RUN, SITE, Study
 from tests.workflow.conftest import ROOT
 
 STUDY = RUN.replace("tasks: {", "tasks: {go: {kind: continuation, prompts: 2, prompt_tokens: 8, "
@@ -86,7 +87,15 @@ class Site:
 
 @pytest.fixture
 def site(box: Box, tmp_path: Path) -> Site:
+    """A user who has nothing yet."""
     (tmp_path / "user").mkdir()
+    return Site(tmp_path / "user", box)
+
+
+@pytest.fixture
+def begun(box: Box, prepared: Study, tmp_path: Path) -> Site:
+    """A user whose data and base model are made: what is left is training and after."""
+    shutil.copytree(prepared.folder, tmp_path / "user", copy_function=shutil.copy2)
     return Site(tmp_path / "user", box)
 
 
@@ -130,21 +139,21 @@ def test_the_users_command_runs_the_study_and_the_books_are_the_schedulers(site:
     assert len(site.jobs()) == len(jobs)
 
 
-def test_a_driver_killed_during_training_submits_nothing_twice(site: Site) -> None:
-    process = site.start(*site.snakemake())
-    (site.folder / "results").mkdir(exist_ok=True)
+def test_a_driver_killed_during_training_submits_nothing_twice(begun: Site) -> None:
+    process = begun.start(*begun.snakemake())
+    (begun.folder / "results").mkdir(exist_ok=True)
 
     def training() -> bool:
-        return any(row["Comment"].startswith("abf train") for row in site.jobs())
+        return any(row["Comment"].startswith("abf train") for row in begun.jobs())
 
     wait_for("a training", training, seconds=240, every=0.5)
     os.killpg(process.pid, signal.SIGKILL)
     process.communicate()
-    done = site.call(*site.snakemake())
+    done = begun.call(*begun.snakemake())
     assert done.returncode == 0, done.stdout[-5000:]
-    comments = [row["Comment"] for row in site.jobs()]
+    comments = [row["Comment"] for row in begun.jobs()]
     assert len(comments) == len(set(comments)), comments
-    read_manifest(site.folder / "results" / site.plan()["cells"][0]["score"])
+    read_manifest(begun.folder / "results" / begun.plan()["cells"][0]["score"])
 
 
 def test_a_dead_drivers_job_is_waited_for(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -167,27 +176,31 @@ def test_a_dead_drivers_job_is_waited_for(site: Site, monkeypatch: pytest.Monkey
     site.box.run("scancel", other)
 
 
-def test_scancel_of_a_rules_job_is_noticed(site: Site) -> None:
-    done = site.call(*site.snakemake("--until", "tokenize"))
-    assert done.returncode == 0, done.stdout[-3000:]
+def test_scancel_of_a_rules_job_is_noticed(begun: Site) -> None:
+    (pack,) = [begun.folder / "results" / begun.plan()["cells"][0]["packed"]]
+    shutil.rmtree(pack)
     # Four nodes full of other work: the next job waits in the queue, where it is cancelled.
-    filler = submit(site.box, "sleep 600", "--nodes=4", "--exclusive", "--mem=0")
-    wait_state(site.box, filler, "RUNNING")
-    process = site.start(*site.snakemake("--until", "segment"))
+    filler = submit(begun.box, "sleep 600", "--nodes=4", "--exclusive", "--mem=0")
+    try:
+        wait_state(begun.box, filler, "RUNNING")
+        process = begun.start(*begun.snakemake("--until", "pack"))
 
-    def waiting() -> list[str]:
-        text = site.box.run("squeue", "--noheader", "--states=PENDING", "--format=%i|%k").stdout
-        rows = [line.split("|") for line in text.splitlines()]
-        return [job for job, comment in rows if comment.startswith("rule_segment")]
+        def waiting() -> list[str]:
+            text = begun.box.run("squeue", "--noheader", "--states=PENDING", "--format=%i|%k")
+            rows = [line.split("|") for line in text.stdout.splitlines()]
+            return [job for job, comment in rows if comment == f"rule_pack_wildcards_{pack.name}"]
 
-    wait_for("a waiting job", lambda: bool(waiting()), seconds=60, every=0.3)
-    (job,) = waiting()
-    site.box.run("scancel", job)
-    # Two minutes is what may be lost; here the pauses begin at three seconds.
-    output, _ = process.communicate(timeout=120)
+        wait_for("a waiting job", lambda: bool(waiting()), seconds=60, every=0.3)
+        (job,) = waiting()
+        begun.box.run("scancel", job)
+        # The profile allows one more try, cancelled as well; two minutes is what may be lost.
+        wait_for("the second try", lambda: bool(waiting()), seconds=120, every=0.3)
+        begun.box.run("scancel", *waiting())
+        output, _ = process.communicate(timeout=120)
+    finally:
+        begun.box.run("scancel", filler)
     assert process.returncode != 0
     assert "CANCELLED" in output
-    site.box.run("scancel", filler)
 
 
 def test_a_missing_site_file_is_one_message(site: Site) -> None:

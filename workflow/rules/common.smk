@@ -6,7 +6,7 @@ from pathlib import Path
 
 from snakemake.exceptions import WorkflowError
 
-from abf.driver import claim, notice_soon, settle
+from abf.driver import claim, notice_soon
 from abf.errors import AbfError, os_fault
 from abf.grid import load_study
 from abf.plan import Plan
@@ -33,6 +33,16 @@ except (AbfError, OSError) as error:
 
 # On a cluster (profiles/leonardo sets this) training is a job of its own, and its rule only waits.
 SUBMIT = bool(os.environ.get("ABF_SUBMIT"))
+DRY = {
+    "-n",
+    "-np",
+    "--dry-run",
+    "--dryrun",
+    "--lint",
+    "--summary",
+    "--dag",
+    "--rulegraph",
+}
 
 
 def at(stage, name):
@@ -52,14 +62,20 @@ wildcard_constraints:
 onstart:
     try:
         claim(RESULTS, STUDY)
-        if SUBMIT:
-            settle(PLAN.instances, interval=load_site().poll_seconds)
     except (AbfError, OSError) as error:
         raise WorkflowError(str(error))
 
 
 if SUBMIT:
     notice_soon()
+    if workflow.is_main_process and not DRY.intersection(sys.argv):
+        # Heavier than planning, so only where it is needed.
+        from abf.resume import take_over
+
+        try:
+            take_over(PLAN, load_site())
+        except (AbfError, OSError) as error:
+            raise WorkflowError(os_fault(error) or str(error))
 
     # Waiting, the network, and small reading of many files belong to the driver.
     localrules:

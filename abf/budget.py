@@ -1,0 +1,373 @@
+"""`abf budget`: what was spent, is committed and is to come, in node-hours, as text and as a plot.
+
+Days and months are those of UTC. A month's share of the allocation is its share of the days, as
+`saldo -b` has it (monthTotal = total * days / all days).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+from abf.cluster.config import SiteConfig
+from abf.cluster.history import Attempt
+from abf.cluster.saldo import read_saldo
+from abf.errors import ArtifactError
+from abf.files import write_text
+from abf.grid import load_study
+from abf.ledger.budget import (
+    Limit,
+    Used,
+    allocation_bounds,
+    check_dates,
+    limits,
+    measure,
+    spent_node_hours,
+    study_plans,
+)
+from abf.ledger.budget import Plan as PlanDocument
+from abf.ledger.forecast import INTERVAL, Forecast, forecast
+from abf.ledger.reserve import open_reservations
+from abf.ledger.work import calibration_cells, work_done, work_left
+from abf.plan import Plan
+from abf.site import load_site
+
+DAY_S = 86_400
+SALDO_LAG_S = DAY_S
+"""saldo's books are closed once a day."""
+ROUNDING = 0.005
+"""Share by which two books may differ: one counts whole minutes."""
+
+
+@dataclass(frozen=True)
+class Month:
+    """One month, or the part of it that lies in the allocation."""
+
+    name: str
+    spent_node_hours: float
+    share_node_hours: float | None
+    """Of the allocation, by days; none without one."""
+    begun: bool
+
+
+@dataclass(frozen=True)
+class Books:
+    """Everything that is printed."""
+
+    site: SiteConfig
+    used: Used
+    attempts: Sequence[Attempt]
+    reserved: Mapping[str, Mapping[str, float]]
+    plans: Sequence[PlanDocument]
+    """Of all studies."""
+    wanted: Sequence[PlanDocument]
+    """Of those that are forecast."""
+    forecast: Forecast
+    results: Path
+
+    def limits(self) -> list[Limit]:
+        """The allocation and the caps of the forecast studies."""
+        return limits(self.wanted, self.used, self.site, reserved=self.reserved)
+
+
+def open_books(results: Path, site: SiteConfig, study: str | None = None) -> Books:
+    """Ask the scheduler and read the plans.
+
+    Args:
+        study: name of the one to forecast; None: all that are planned.
+
+    Raises:
+        ClusterError: the accounting does not answer.
+        ArtifactError: there is no plan of that name.
+    """
+    plans = study_plans(results)
+    wanted = [plan for plan in plans if study in (None, plan["study"])]
+    if study is not None and not wanted:
+        raise ArtifactError(f"{results}/plan holds no study {study}; `abf plan` writes it")
+    used, attempts = measure(results, site)
+    done = work_done(used, results)
+    left = work_left((place for plan in wanted for place in plan["stages"]), used, results)
+    reserved = open_reservations(results, attempts, site)
+    return Books(site, used, attempts, reserved, plans, wanted, forecast(left, done), results)
+
+
+def check_plan(plan: Plan, site: SiteConfig) -> str:
+    """Refuse a written plan that does not fit; what to tell the user of one that does.
+
+    Nothing is asked of the scheduler where there is neither an allocation nor a cap.
+
+    Raises:
+        BudgetError: spent, committed and the forecast's upper end are more than a cap.
+        ClusterError: the accounting does not answer.
+    """
+    if site.allocation is None and plan.cap_node_hours is None:
+        return "budget: neither allocation nor budget.cap_node_hours is set; nothing is checked"
+    check_dates(site)
+    books = open_books(plan.results, site, plan.study.name)
+    refuse(books)
+    return "\n".join(_forecast_lines(books, str(plan.study.path)))
+
+
+def refuse(books: Books) -> None:
+    """Raise BudgetError for the first limit that the forecast's upper end would pass."""
+    high = books.forecast.high_node_hours
+    for limit in books.limits():
+        names = ", ".join(plan["study"] for plan in books.wanted)
+        limit.check(f"what is left of {names}", high, as_name="forecast (upper end)")
+
+
+def show_budget(results: Path, study: Path | None, plot: Path | None) -> None:
+    """Print the books, plot them, and refuse what does not fit.
+
+    Args:
+        study: grid or run YAML; its plan is written first, as `abf plan` does.
+        plot: SVG file to write.
+
+    Raises:
+        BudgetError: after printing: the study does not fit its cap or the allocation.
+    """
+    site = load_site()
+    plan = None
+    if study is not None:
+        plan = Plan(load_study(study), results)
+        plan.write()
+    books = open_books(results, site, plan.study.name if plan else None)
+    print("\n".join(_page(books, str(study) if study else None)))
+    if plot is not None:
+        write_text(plot, burn_down(books))
+        print(f"plot: {plot}")
+    if plan is not None:
+        check_dates(site)
+        refuse(books)
+
+
+def months(books: Books) -> list[Month]:
+    """Node-hours by month, jobs over midnight of a month's last day divided by time."""
+    allocation, now = books.site.allocation, books.used.at
+    starts = [a.start for a in books.attempts if a.start is not None]
+    if allocation is not None:
+        begin, end = allocation_bounds(allocation)
+    elif starts:
+        begin, end = min(starts), now + 1
+    else:
+        return []
+    full, found = books.site.node.billing, []
+    for first, last, name in _spans(begin, end):
+        # Most jobs lie in no other month: a look at two numbers passes them by.
+        spent = sum(
+            spent_node_hours(a, full_billing=full, begin=first, end=last)
+            for a in books.attempts
+            if a.start is not None and a.start < last and (a.end is None or a.end > first)
+        )
+        share = None
+        if allocation is not None:
+            share = allocation.node_hours * (last - first) / (end - begin)
+        found.append(Month(name, spent, share, first <= now))
+    return found
+
+
+def _spans(begin: float, end: float) -> Iterator[tuple[float, float, str]]:
+    first = begin
+    while first < end:
+        day = datetime.fromtimestamp(first, UTC)
+        year, month = (day.year + 1, 1) if day.month == 12 else (day.year, day.month + 1)
+        last = min(datetime(year, month, 1, tzinfo=UTC).timestamp(), end)
+        yield first, last, f"{day:%Y-%m}"
+        first = last
+
+
+# --- the page ----------------------------------------------------------------------------------
+
+
+def _page(books: Books, study: str | None) -> list[str]:
+    site, used = books.site, books.used
+    allocation = site.allocation
+    when = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(used.at))
+    reserved = sum(entry["node_hours"] for entry in books.reserved.values())
+    if allocation is None:
+        head = f"own jobs of this folder (the site file names no allocation), {when}"
+    else:
+        head = (
+            f"account {site.account}, {allocation.start} to {allocation.end}, "
+            f"{allocation.node_hours:,.0f} node-hours, {when}"
+        )
+    rows = [
+        ("spent", used.spent_node_hours, "all attempts of all users, running ones so far"),
+        ("committed", used.committed_node_hours, "running and queued jobs to their time limits"),
+        ("reserved", reserved, "jobs being submitted"),
+    ]
+    lines = [
+        head,
+        *(f"  {name:<10}{hours:>14,.2f} node-hours  {note}" for name, hours, note in rows),
+    ]
+    lines += _forecast_lines(books, study)
+    for limit in books.limits():
+        left = limit.cap_node_hours - limit.spent_node_hours - limit.committed_node_hours
+        left -= limit.reserved_node_hours + books.forecast.high_node_hours
+        lines.append(
+            f"  {'left':<10}{left:>14,.2f} node-hours  of {limit.cap_node_hours:,.2f}, "
+            f"{limit.name}, after the forecast's upper end"
+        )
+    return [*lines, *_month_lines(books), *_tables(books), *_saldo_lines(books)]
+
+
+def _forecast_lines(books: Books, study: str | None) -> list[str]:
+    found = books.forecast
+    lines = []
+    if found.kinds:
+        lines.append(
+            f"  {'forecast':<10}{found.median_node_hours:>14,.2f} node-hours  "
+            f"{INTERVAL:.0%} interval {found.low_node_hours:,.2f} to "
+            f"{found.high_node_hours:,.2f}, beyond what is committed"
+        )
+    for kind in found.kinds:
+        lines.append(
+            f"    {kind.kind:<12}{kind.directories:>5} to do {kind.median_node_hours:>12,.2f} "
+            f"({kind.low_node_hours:,.2f} to {kind.high_node_hours:,.2f}), measured "
+            f"{kind.measurements} time(s)" + (f"; {kind.note}" if kind.note else "")
+        )
+    if found.unmeasured:
+        counts: dict[str, int] = {}
+        for piece in found.unmeasured:
+            counts[piece.kind] = counts.get(piece.kind, 0) + 1
+        shown = ", ".join(f"{count} {kind}" for kind, count in sorted(counts.items()))
+        lines.append(
+            f"  no forecast for {shown}: none was measured on these nodes. Calibrate with one cell:"
+        )
+        for plan in books.wanted:
+            for name, score in calibration_cells(plan, found.unmeasured, books.results):
+                lines.append(
+                    f"    cell {name}: snakemake --profile leonardo --config "
+                    f"study={study or plan['grid']} results={books.results} -- "
+                    f"{books.results / score}/manifest.json"
+                )
+    return lines
+
+
+def _month_lines(books: Books) -> list[str]:
+    lines, spent, shared = (
+        [f"{'month':<10}{'spent':>12}{'share':>12}{'left':>14}{'linear':>14}"],
+        0.0,
+        0.0,
+    )
+    allocation = books.site.allocation
+    for month in months(books):
+        spent += month.spent_node_hours
+        shared += month.share_node_hours or 0.0
+        line = f"{month.name:<10}{month.spent_node_hours:>12,.2f}"
+        if allocation is not None and month.share_node_hours is not None:
+            left = f"{allocation.node_hours - spent:,.2f}" if month.begun else "-"
+            linear = max(allocation.node_hours - shared, 0.0)  # not -0.00 at the end
+            line += f"{month.share_node_hours:>12,.2f}{left:>14}{linear:>14,.2f}"
+            if month.spent_node_hours > month.share_node_hours:
+                line += "  WARNING: above its share: the scheduler lowers the priority"
+        lines.append(line)
+    return lines if len(lines) > 1 else []
+
+
+def _tables(books: Books) -> list[str]:
+    full = books.site.node.billing
+    begin, end = 0.0, float("inf")
+    if books.site.allocation is not None:
+        begin, end = allocation_bounds(books.site.allocation)
+    states: dict[str, list[float]] = {}
+    users: dict[str, list[float]] = {}
+    for a in books.attempts:
+        hours = spent_node_hours(a, full_billing=full, begin=begin, end=end)
+        for table, name in ((states, a.state), (users, a.user)):
+            entry = table.setdefault(name, [0.0, 0])
+            entry[0] += hours
+            entry[1] += 1
+    lines = []
+    for title, table in (("state", states), ("user", users)):
+        lines.append(f"{title:<16}{'node-hours':>14}{'attempts':>10}")
+        ordered = sorted(table.items(), key=lambda item: -item[1][0])
+        lines += [f"  {name:<14}{hours:>14,.2f}{count:>10.0f}" for name, (hours, count) in ordered]
+    if books.plans:
+        lines.append(f"{'study':<24}{'spent':>14}{'committed':>14}{'cap':>12}  node-hours")
+    for plan in books.plans:
+        spent, committed = books.used.of(set(plan["stages"]))
+        cap = plan.get("cap_node_hours")
+        lines.append(
+            f"  {plan['study']:<22}{spent:>14,.2f}{committed:>14,.2f}"
+            f"{'none' if cap is None else format(cap, ',.2f'):>12}"
+        )
+    if len(books.plans) > 1:
+        lines.append("  what several studies share counts in each of them")
+    return lines
+
+
+def _saldo_lines(books: Books) -> list[str]:
+    """Our sum against the site's own, where `saldo` exists."""
+    site, used = books.site, books.used
+    found = read_saldo()
+    if found is None:
+        return []
+    if site.account not in found:
+        return [f"saldo -b knows no account {site.account}; it lists {', '.join(found) or 'none'}"]
+    book, full = found[site.account], site.node.billing
+    theirs = book.consumed / full
+    recent = sum(
+        spent_node_hours(a, full_billing=full, begin=used.at - SALDO_LAG_S) for a in books.attempts
+    )
+    difference = used.spent_node_hours - theirs
+    slack = ROUNDING * used.spent_node_hours
+    agrees = -slack - 0.01 <= difference <= recent + slack + 0.01
+    lines = [
+        f"saldo -b: {book.consumed:,.0f} core-hours = {theirs:,.2f} node-hours, sacct: "
+        f"{used.spent_node_hours:,.2f}; difference {difference:,.2f}, "
+        + (
+            f"explained by what ran in the last day ({recent:,.2f})"
+            if agrees
+            else f"WARNING: more than what ran in the last day ({recent:,.2f}) explains"
+        ),
+        f"  this month: {book.month_consumed / full:,.2f} of {book.month_total / full:,.2f} "
+        "node-hours",
+    ]
+    allocation = site.allocation
+    if allocation is not None and abs(book.total / full - allocation.node_hours) > 1:
+        lines.append(
+            f"  WARNING: saldo grants {book.total / full:,.2f} node-hours, the site file says "
+            f"allocation.node_hours={allocation.node_hours:,.2f}"
+        )
+    return lines
+
+
+# --- the plot ----------------------------------------------------------------------------------
+
+
+def burn_down(books: Books) -> str:
+    """SVG: how much is left month by month, against the linear course, and what is to come."""
+    from abf.report.svg import FAINT, PALETTE, Style, svg_text
+
+    allocation, rows = books.site.allocation, months(books)
+    total = allocation.node_hours if allocation else 0.0
+    course, linear = [total], [total]
+    for month in rows:
+        course.append(course[-1] - month.spent_node_hours)
+        linear.append(linear[-1] - (month.share_node_hours or 0.0))
+    begun = sum(month.begun for month in rows)
+    with Style() as plt:
+        figure, axis = plt.subplots(figsize=(8, 3.6))
+        if allocation is not None:
+            axis.plot(range(len(linear)), linear, "--", color=FAINT, label="linear by days")
+        axis.plot(range(begun + 1), course[: begun + 1], "-o", color=PALETTE[0], label="left")
+        now = course[begun] - books.used.committed_node_hours
+        axis.plot([begun], [now], "v", color=PALETTE[4], label="less committed")
+        found = books.forecast
+        middle = now - found.median_node_hours
+        ends = [[found.high_node_hours - found.median_node_hours],
+                [found.median_node_hours - found.low_node_hours]]  # fmt: skip
+        label = f"less forecast, {INTERVAL:.0%} interval"
+        axis.errorbar(
+            [begun], [middle], yerr=ends, fmt="s", color=PALETTE[1], capsize=4, label=label
+        )
+        axis.axhline(0, color=FAINT, lw=0.8)
+        axis.set_xticks(range(len(rows) + 1), ["begin", *(month.name for month in rows)])
+        axis.set_ylabel("node-hours left" if allocation else "node-hours (no allocation: below 0)")
+        axis.set_title(f"{books.site.account}: node-hours left at the end of each month")
+        axis.legend()
+        return svg_text(figure)

@@ -1,0 +1,262 @@
+"""What an account has spent and given away in node-hours, and the caps that bind.
+
+node_hours = elapsed_s / 3600 * billing / billing of a full node (32 on Leonardo). A job that runs
+has spent its time so far and has committed the rest of its time limit; one that waits has
+committed its whole time limit. Attempts come from the scheduler's records, all users' where an
+account counts.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, date, datetime
+from pathlib import Path
+from typing import Any
+
+from abf.cluster import slurm
+from abf.cluster.config import AllocationConfig, LaunchConfig, SiteConfig
+from abf.cluster.history import Attempt, history
+from abf.errors import BudgetError
+from abf.ledger.slurm import changed_since, comments_of, kept_records, ours
+
+Plan = Mapping[str, Any]
+"""A plan file, as JSON values."""
+
+
+@dataclass(frozen=True)
+class Used:
+    """Node-hours at one moment."""
+
+    at: float
+    """Unix seconds."""
+    who: str
+    """Account and first day it counts from, or our own jobs."""
+    spent_node_hours: float = 0.0
+    committed_node_hours: float = 0.0
+    by_comment: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    """Spent and committed node-hours of our jobs, by what the scheduler was told of them."""
+
+    def of(self, places: Iterable[str]) -> tuple[float, float]:
+        """Node-hours spent and committed by our jobs on these stage directories."""
+        known = self.by_comment
+        found = [known[c] for place in places for c in comments_of(place) if c in known]
+        return sum(spent for spent, _ in found), sum(committed for _, committed in found)
+
+
+@dataclass(frozen=True)
+class Limit:
+    """A cap and everything that counts against it, in node-hours."""
+
+    name: str
+    remedy: str
+    """What to do when it is reached."""
+    cap_node_hours: float
+    spent_node_hours: float
+    committed_node_hours: float
+    reserved_node_hours: float = 0.0
+
+    def check(self, what: str, node_hours: float, *, as_name: str) -> None:
+        """Refuse what does not fit.
+
+        Args:
+            what: subject of the sentence.
+            node_hours: what it may cost at most.
+            as_name: what these hours are called in the sum.
+
+        Raises:
+            BudgetError: it would go past the cap; gives the sum.
+        """
+        parts = {
+            "spent": self.spent_node_hours,
+            "committed to running and queued jobs at their time limits": self.committed_node_hours,
+            "reserved for jobs being submitted": self.reserved_node_hours,
+            as_name: node_hours,
+        }
+        total = sum(parts.values())
+        if total <= self.cap_node_hours * (1 + 1e-9):
+            return
+        shown = " + ".join(f"{hours:,.2f} {name}" for name, hours in parts.items() if hours)
+        raise BudgetError(
+            f"{what} does not fit {self.name}: {shown} = {total:,.2f} of "
+            f"{self.cap_node_hours:,.2f} node-hours, {total - self.cap_node_hours:,.2f} too many. "
+            f"Running jobs finish. {self.remedy}; `abf budget` shows who spent what"
+        )
+
+
+# --- arithmetic --------------------------------------------------------------------------------
+
+
+def spent_node_hours(
+    attempt: Attempt, *, full_billing: float, begin: float = 0, end: float = float("inf")
+) -> float:
+    """Node-hours of an attempt; only its part within [begin, end) (Unix seconds), by time."""
+    if attempt.start is None or not attempt.elapsed_s:
+        return 0.0
+    last = attempt.start + attempt.elapsed_s if attempt.end is None else attempt.end
+    length = max(last - attempt.start, 1)
+    share = max(0.0, min(last, end) - max(attempt.start, begin)) / length
+    return attempt.elapsed_s / 3600 * attempt.billing / full_billing * min(share, 1.0)
+
+
+def committed_node_hours(attempt: Attempt, site: SiteConfig, *, whole_nodes: int = 0) -> float:
+    """What a job in the queue may still spend before its time limit ends it.
+
+    Args:
+        whole_nodes: nodes that a waiting job wants for itself; the scheduler's own estimate of a
+            waiting job counts only the cores it asked for.
+    """
+    if attempt.end is not None or attempt.state in slurm.ENDED:
+        return 0.0
+    minutes = site.max_minutes if attempt.limit_min is None else attempt.limit_min
+    billing = attempt.billing
+    if attempt.start is None:
+        billing = max(attempt.requested_billing, whole_nodes * site.node.billing)
+    left_s = max(0, 60 * minutes - attempt.elapsed_s)
+    return left_s / 3600 * billing / site.node.billing * attempt.tasks
+
+
+def allocation_bounds(allocation: AllocationConfig) -> tuple[float, float]:
+    """Unix seconds [begin, end) of an allocation; days are taken in UTC."""
+    begin = datetime(*allocation.start.timetuple()[:3], tzinfo=UTC).timestamp()
+    return begin, datetime(*allocation.end.timetuple()[:3], tzinfo=UTC).timestamp() + 86_400
+
+
+def job_node_hours(plan: LaunchConfig, site: SiteConfig) -> float:
+    """What one job of a launch plan may spend: full nodes for its whole time limit."""
+    return plan.nodes * min(plan.minutes, site.max_minutes) / 60
+
+
+def measure(results: Path, site: SiteConfig) -> tuple[Used, list[Attempt]]:
+    """Ask the scheduler, whole account where there is an allocation, else our own jobs.
+
+    Returns:
+        the sums, and every attempt behind them.
+
+    Raises:
+        ClusterError: the accounting or the queue does not answer.
+    """
+    allocation, known = site.allocation, kept_records(results)
+    begin, end = (0.0, float("inf")) if allocation is None else allocation_bounds(allocation)
+    at = time.time()
+    if begin > at:
+        attempts = mine = []  # sacct refuses to be asked about the future
+    elif allocation is None:
+        fresh = list(history(since=changed_since(known.values())))
+        attempts = list({**known, **{a.key: a for a in ours(fresh)}}.values())
+        mine = attempts
+    else:
+        attempts = list(history(since=int(begin), account=site.account, everybody=True))
+        mine = list({**known, **{a.key: a for a in ours(attempts)}}.values())
+    waiting = any(a.start is None and a.end is None for a in attempts)
+    whole = _whole_nodes(site.account) if waiting else {}
+    full = site.node.billing
+
+    def committed(attempt: Attempt) -> float:
+        return committed_node_hours(attempt, site, whole_nodes=whole.get(attempt.job_id, 0))
+
+    by_comment: dict[str, tuple[float, float]] = {}
+    for attempt in mine:
+        spent, given = by_comment.get(attempt.comment, (0.0, 0.0))
+        by_comment[attempt.comment] = (
+            spent + spent_node_hours(attempt, full_billing=full),
+            given + committed(attempt),
+        )
+    used = Used(
+        at=at,
+        who=whose(site),
+        spent_node_hours=sum(
+            spent_node_hours(a, full_billing=full, begin=begin, end=end) for a in attempts
+        ),
+        committed_node_hours=sum(map(committed, attempts)),
+        by_comment=by_comment,
+    )
+    return used, attempts
+
+
+def whose(site: SiteConfig) -> str:
+    return f"{site.account} since {site.allocation.start}" if site.allocation else "own jobs"
+
+
+def _whole_nodes(account: str) -> dict[str, int]:
+    """Nodes of waiting jobs that share them with nobody, by job id."""
+    text = slurm.call(
+        "squeue", "--noheader", "--states=PENDING", f"--account={account}", "--format=%A %h %D"
+    )
+    rows = [line.split() for line in text.splitlines()]
+    return {job: int(nodes) for job, shared, nodes in rows if shared == "NO"}
+
+
+# --- plans and their caps ----------------------------------------------------------------------
+
+
+def study_plans(results: Path) -> list[Plan]:
+    """Every plan file below the results folder."""
+    paths = sorted((results / "plan").glob("*.json"))
+    return [json.loads(path.read_text(encoding="utf-8")) for path in paths]
+
+
+def limits(
+    plans: Sequence[Plan],
+    used: Used,
+    site: SiteConfig,
+    *,
+    reserved: Mapping[str, Mapping[str, Any]] | None = None,
+) -> list[Limit]:
+    """The allocation, and the cap of each of these studies that has one.
+
+    Args:
+        reserved: reservations by place.
+    """
+    found, reserved = [], reserved or {}
+    if site.allocation is not None:
+        found.append(
+            Limit(
+                name=f"the allocation of {site.account}, colleagues' jobs included",
+                remedy="Wait for queued jobs (most end before their time limit), lower "
+                "launch.nodes or launch.minutes, leave out cells, or put what was granted in "
+                "addition into allocation.node_hours of the site file",
+                cap_node_hours=site.allocation.node_hours,
+                spent_node_hours=used.spent_node_hours,
+                committed_node_hours=used.committed_node_hours,
+                reserved_node_hours=sum(r["node_hours"] for r in reserved.values()),
+            )
+        )
+    for plan in plans:
+        if plan.get("cap_node_hours") is None:
+            continue
+        places = set(plan["stages"])
+        spent, committed = used.of(places)
+        found.append(
+            Limit(
+                name=f"the cap of study {plan['study']}",
+                remedy="Lower launch.nodes or launch.minutes, leave out cells, or raise "
+                f"budget.cap_node_hours of the study ({plan['grid']}) and plan it again",
+                cap_node_hours=plan["cap_node_hours"],
+                spent_node_hours=spent,
+                committed_node_hours=committed,
+                reserved_node_hours=sum(
+                    r["node_hours"] for place, r in reserved.items() if place in places
+                ),
+            )
+        )
+    return found
+
+
+def check_dates(site: SiteConfig, *, today: date | None = None) -> None:
+    """Refuse to submit outside the allocation's days.
+
+    Raises:
+        BudgetError: it has ended, or not begun.
+    """
+    allocation = site.allocation
+    today = today or datetime.now(UTC).date()
+    if allocation is not None and not allocation.start <= today <= allocation.end:
+        verb = "ended on" if today > allocation.end else "begins only on"
+        day = allocation.end if today > allocation.end else allocation.start
+        raise BudgetError(
+            f"the allocation of {site.account} {verb} {day}: the scheduler takes no jobs for it; "
+            "correct allocation.start and allocation.end in the site file, or use another account"
+        )

@@ -1,0 +1,174 @@
+"""What is left to do in planned stage directories, and what finished ones have cost.
+
+Everything is read from files: plan, `config.json`, manifests, checkpoints; node-hours come from the
+scheduler's records. What was computed without a scheduler says nothing about its nodes.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from abf.ledger.budget import Plan, Used
+from abf.ledger.forecast import Measurement, Planned, training_parameters
+from abf.stages import MANIFEST, STAGES
+
+FREE = frozenset({"fetch", "ledger", "report", "mlflow"})
+"""Stages that the driver does itself (profiles/leonardo): they are billed nothing."""
+
+Read = Callable[[str, str], dict[str, Any] | None]
+"""JSON of a file in a stage directory: place, name below it; none where there is no file."""
+
+
+def reader(results: Path) -> Read:
+    """Files of stage directories, each read once."""
+
+    @functools.cache
+    def read(place: str, name: str) -> dict[str, Any] | None:
+        try:
+            return json.loads((results / place / name).read_bytes())
+        except FileNotFoundError:
+            return None
+
+    return read
+
+
+def work_left(places: Iterable[str], used: Used, results: Path) -> list[Planned]:
+    """Unfinished directories that cost node-hours, less what their checkpoints hold."""
+    read, left = reader(results), []
+    for place in dict.fromkeys(places):
+        config = read(place, "config.json")
+        if config is None or not _costs(place, config) or _finished(place, read):
+            continue
+        committed = used.of([place])[1]
+        training = _training(place, config)
+        if training is None:
+            left.append(Planned(place, _kind(place), committed_node_hours=committed))
+            continue
+        size = _parameters(place, read)
+        done = _checkpointed_tokens(place, training, read, results)
+        tokens = max(training["tokens"] - done, 0)
+        work = tokens * (size or 1.0)
+        left.append(Planned(place, _kind(place, training), work, size, committed))
+    return left
+
+
+def work_done(used: Used, results: Path) -> list[Measurement]:
+    """Finished directories, planned still or not, for which the scheduler billed something."""
+    read, done = reader(results), []
+    paths = (path for stage in STAGES for path in results.glob(f"{stage}/**/config.json"))
+    for place in sorted(path.parent.relative_to(results).as_posix() for path in paths):
+        config = read(place, "config.json")
+        spent = used.of([place])[0]
+        if config is None or not spent or not _finished(place, read):
+            continue
+        training = _training(place, config)
+        if training is None:
+            done.append(Measurement(_kind(place), spent * 3600))
+            continue
+        size, manifest = _parameters(place, read), _manifest(place, read) or {}
+        tokens = manifest.get("counts", {}).get("tokens", training["tokens"])
+        if size:
+            kind = _kind(place, training)
+            done.append(Measurement(kind, spent * 3600, tokens * size, size))
+    return done
+
+
+def calibration_cells(
+    plan: Plan, unmeasured: Iterable[Planned], results: Path
+) -> list[tuple[str, str]]:
+    """Name and score directory of the cheapest cells that measure what is unmeasured."""
+    smallest: dict[str, Planned] = {}
+    for piece in sorted(unmeasured, key=lambda p: (p.work, p.place)):
+        smallest.setdefault(piece.kind, piece)
+    read = reader(results)
+    chosen: dict[str, str] = {}
+    # Trainings first: what else is unmeasured mostly lies on the way to their cell's score.
+    for piece in sorted(smallest.values(), key=lambda p: _stage(p.place) != "train"):
+        above = [(cell, _above(cell["score"], read)) for cell in plan["cells"]]
+        holding = [(cell, all_) for cell, all_ in above if piece.place in all_]
+        if not any(cell["name"] in chosen for cell, _ in holding) and holding:
+            chosen[holding[0][0]["name"]] = holding[0][0]["score"]
+    return list(chosen.items())
+
+
+def _above(place: str, read: Read) -> set[str]:
+    found, todo = {place}, [place]
+    while todo:
+        for inputs in ((read(todo.pop(), "config.json") or {}).get("inputs") or {}).values():
+            for other in [inputs] if isinstance(inputs, str) else inputs:
+                if other not in found:
+                    found.add(other)
+                    todo.append(other)
+    return found
+
+
+def _stage(place: str) -> str:
+    return place.partition("/")[0]
+
+
+def _kind(place: str, training: Mapping[str, Any] | None = None) -> str:
+    stage = _stage(place)
+    return stage if training is None else f"{stage} {training['objective']['kind']}"
+
+
+def _costs(place: str, config: Mapping[str, Any]) -> bool:
+    imported = config["config"].get("base", {}).get("kind") == "import"
+    return _stage(place) not in FREE and not imported
+
+
+def _manifest(place: str, read: Read) -> dict[str, Any] | None:
+    return read(place, f".done/{MANIFEST}") or read(place, MANIFEST)
+
+
+def _finished(place: str, read: Read) -> bool:
+    manifest = _manifest(place, read)
+    return manifest is not None and manifest["stage_version"] == STAGES[_stage(place)].version
+
+
+def _training(place: str, config: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Its TrainConfig, if the directory is one of a training."""
+    settings = config["config"]
+    match _stage(place):
+        case "base":
+            return settings["base"]["train"]
+        case "train":
+            return settings["train"]
+    return None
+
+
+def _parameters(place: str, read: Read) -> float | None:
+    """Parameters of the trained model; none while an imported base is not there."""
+    base = place
+    if _stage(place) == "train":
+        init = (read(place, "config.json") or {})["inputs"]["init"]
+        base = (read(init, "config.json") or {})["inputs"]["base"]
+    manifest = _manifest(base, read)
+    if manifest is not None and "parameters" in manifest["counts"]:
+        return float(manifest["counts"]["parameters"])
+    document = read(base, "config.json") or {}
+    settings = document["config"]["base"]
+    if settings["kind"] != "pretrain":
+        return None
+    packed = read(document["inputs"]["packed"], "config.json") or {}
+    tokenizer = read(packed["inputs"]["tokenizer"], "config.json") or {}
+    return float(
+        training_parameters(
+            settings["shape"],
+            vocabulary=tokenizer["config"]["tokenizer"]["vocab_size"],
+            longest_block=packed["config"]["pack"]["max_block"],
+        )
+    )
+
+
+def _checkpointed_tokens(place: str, training: Mapping[str, Any], read: Read, results: Path) -> int:
+    """Clean tokens that the newest checkpoint has seen."""
+    steps = sorted((results / place / "ckpt").glob("step-*"))
+    if not steps:
+        return 0
+    packed = (read(place, "config.json") or {})["inputs"]["packed"]
+    rows = (read(packed, "config.json") or {})["config"]["pack"]["row_length"]
+    return int(steps[-1].name.partition("-")[2]) * training["batch_rows"] * rows

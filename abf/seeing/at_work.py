@@ -1,0 +1,129 @@
+"""Who is at work on a results folder: jobs in the queue, the driver, holders of locks."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import socket
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from abf.cluster import slurm
+from abf.errors import ClusterError
+from abf.ledger.slurm import comments_of
+from abf.seeing.planned import Planned
+
+FRESH_SECONDS = 600
+"""Age up to which the waiting rules' view of the queue stands in for one of our own."""
+
+
+@dataclass(frozen=True)
+class QueueEntry:
+    """A live job."""
+
+    job_id: str
+    state: str
+    reason: str
+    time_left: str
+
+
+def live_jobs(results: Path, trouble: list[str]) -> list[slurm.QueuedJob]:
+    """Live jobs of this user's, or what the waiting rules last knew of theirs."""
+    if slurm.available():
+        try:
+            return [job for job in slurm.queue() if job.live]
+        except ClusterError as error:
+            trouble.append(str(error).splitlines()[0])
+    path = results / ".driver" / "jobs.json"
+    age = time.time() - path.stat().st_mtime if path.exists() else FRESH_SECONDS
+    if age >= FRESH_SECONDS:
+        return []
+    trouble.append(f"job states are {age:.0f} s old, from {path}")
+    known = json.loads(path.read_bytes())["jobs"].items()
+    states = [(job_id, s) for job_id, s in known if s["state"] in slurm.WAITING | slurm.ACTIVE]
+    return [
+        slurm.QueuedJob(job_id, s["state"], s["reason"], "", "", "", s["time_left"], "")
+        for job_id, s in states
+    ]
+
+
+def jobs_by_place(planned: Planned, queue: Sequence[slurm.QueuedJob]) -> dict[str, QueueEntry]:
+    """Live jobs by place: by the id in `job.json`, or by what the scheduler was told of them."""
+    if not queue:
+        return {}
+    by_id: dict[str, str] = {}
+    by_comment: dict[str, str] = {}
+    for place in planned.places:
+        by_comment |= dict.fromkeys(comments_of(place), place)
+        if job_id := job_record(planned.results / place).get("job_id"):
+            by_id[job_id] = place
+    found = {}
+    for job in queue:
+        place = by_id.get(job.job_id)
+        if place is None and _is_near(job, planned.results):
+            place = by_comment.get(job.comment)
+        if place is not None:
+            found[place] = QueueEntry(job.job_id, job.state, job.reason, job.time_left)
+    return found
+
+
+def _is_near(job: slurm.QueuedJob, results: Path) -> bool:
+    """Whether the job's folder is the one these results belong to."""
+    folder = Path(os.path.realpath(job.workdir))
+    return folder == Path.cwd() or Path(os.path.realpath(results)).is_relative_to(folder)
+
+
+def job_record(directory: Path) -> dict[str, Any]:
+    """`job.json` of a training that was submitted; empty elsewhere."""
+    path = directory / "job.json"
+    return json.loads(path.read_bytes()) if path.exists() else {}
+
+
+@dataclass(frozen=True)
+class Holder:
+    """Who wrote a name into a lock file."""
+
+    text: str
+    alive: bool | None
+    """None: a process on another host."""
+
+
+def lock_holder(path: Path) -> Holder | None:
+    """Whose name a lock file holds; asked without taking the lock, which could refuse its owner."""
+    text = path.read_text(encoding="utf-8") if path.exists() else ""
+    found = re.search(r"process (\d+) on (\S+) since (\S+ \S+ \S+)$", text)
+    if found is None:
+        return None
+    number, host, since = int(found[1]), found[2], found[3]
+    if host != socket.gethostname():
+        return Holder(text, None)
+    try:
+        began = psutil.Process(number).create_time()
+    except psutil.NoSuchProcess:
+        return Holder(text, False)
+    # Process numbers are reused: a stranger began after the lock was taken.
+    return Holder(text, began <= time.mktime(time.strptime(since[:19], "%Y-%m-%d %H:%M:%S")) + 1)
+
+
+def driver_line(results: Path, queue: Sequence[slurm.QueuedJob]) -> str:
+    """Who drives these results."""
+    path = results / ".driver" / "drive.json"
+    record = json.loads(path.read_bytes()) if path.exists() else {}
+    job = next((job for job in queue if job.job_id == record.get("job_id")), None)
+    holder = lock_holder(results / ".driver" / ".lock")
+    if job is not None:
+        now = " ".join(f"{job.state} {job.reason if job.state in slurm.WAITING else ''}".split())
+        return f"job {job.job_id} on {record['study']}: {now}, {job.time_left} left"
+    if holder is not None and holder.alive is not False:
+        return holder.text + (
+            "" if holder.alive else " (whether it lives cannot be seen from here)"
+        )
+    if record:
+        return f"none at work; job {record['job_id']} on {record['study']}: {record['state']}"
+    return "none at work" if holder is None else f"none at work; the last was {holder.text}"

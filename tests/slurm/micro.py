@@ -1,0 +1,100 @@
+"""A micro study whose data and base model are made once; a cluster is asked for the rest."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+from tests.slurm.box import Box
+from tests.workflow.conftest import ROOT
+
+RUN = """
+study: micro
+sources: [{kind: stdlib, pattern: "[a-f]*.py", max_documents: 16}]
+prepare: {heldout_fraction: 0.2}
+tokenizer: {kind: trained, vocab_size: 400}
+pack: {row_length: 64, max_block: 16}
+base:
+  kind: pretrain
+  shape: {d_model: 16, layers: 1, heads: 2, kv_heads: 1, d_ff: 32}
+  train: {objective: {kind: ar}, tokens: 2000, batch_rows: 8, precision: fp32, attention: reference}
+train:
+  tokens: 2560
+  batch_rows: 8
+  precision: fp32
+  attention: reference
+  checkpoint_steps: 2
+  log_steps: 1
+launch: {nodes: 2, ranks_per_node: 4, minutes: 5}
+tasks: {heldout: {kind: likelihood, max_rows: 4, samples: 1}}
+"""
+LONG = RUN.replace("tokens: 2560", "tokens: 500_000").replace(
+    "ranks_per_node: 4", "ranks_per_node: 1"
+)
+"""About 1,000 steps: long enough to be met at work. Two ranks: eight share two cores here."""
+SITE = """
+account: euhpc_test
+poll_seconds: 1
+signal_seconds: 30
+unknown_seconds: 5
+"""
+
+
+class Study:
+    """A working folder whose data and base model are made; trainings go to the box."""
+
+    def __init__(self, folder: Path, box: Box) -> None:
+        self.folder, self.box = folder, box
+        (folder / "site.yaml").write_text(SITE)
+        self.env = box.env | {"ABF_SITE": str(folder / "site.yaml"), "OMP_NUM_THREADS": "1"}
+        self.abf = (sys.executable, "-m", "abf.cli")
+
+    def plan(self, run: str) -> Path:
+        """Plan this run file; the training's directory."""
+        (self.folder / "run.yaml").write_text(run)
+        done = subprocess.run(
+            [*self.abf, "plan", "run.yaml"],
+            cwd=self.folder,
+            env=self.env,
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stderr
+        plan = json.loads((self.folder / "results/plan/micro.json").read_text())
+        return self.folder / "results" / plan["cells"][0]["train"]
+
+    def command(self, directory: Path) -> list[str]:
+        return [*self.abf, "train", str(directory.relative_to(self.folder)), "--submit"]
+
+    def start(self, directory: Path) -> subprocess.Popen[str]:
+        """A waiting process."""
+        return subprocess.Popen(
+            self.command(directory), cwd=self.folder, env=self.env, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
+        )  # fmt: skip
+
+    def run(self, directory: Path) -> subprocess.CompletedProcess[str]:
+        """Wait for the training."""
+        return subprocess.run(
+            self.command(directory), cwd=self.folder, env=self.env, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        )  # fmt: skip
+
+
+def prepare(folder: Path, box: Box) -> Study:
+    """Everything before training, made on this machine."""
+    study = Study(folder, box)
+    inputs = json.loads((study.plan(RUN) / "config.json").read_text())["inputs"]
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "snakemake", "-s", str(ROOT / "workflow" / "Snakefile")),
+            *("--profile", str(ROOT / "profiles" / "local"), "--config", "study=run.yaml"),
+            *("--", *(f"results/{place}/manifest.json" for place in inputs.values())),
+        ],
+        cwd=study.folder, env=study.env, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout
+    return study
