@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -36,6 +38,7 @@ class Site:
 
     def __init__(self, folder: Path, box: Box) -> None:
         self.folder, self.box = folder, box
+        self.started: list[subprocess.Popen[str]] = []
         home = folder / "config"
         (home / "abf").mkdir(parents=True)
         (home / "abf" / "site.yaml").write_text(SITE)
@@ -66,10 +69,18 @@ class Site:
         ]
 
     def start(self, *argv: str) -> subprocess.Popen[str]:
-        return subprocess.Popen(
+        process = subprocess.Popen(
             argv, cwd=self.folder, env=self.env, text=True,
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
         )  # fmt: skip
+        self.started.append(process)
+        return process
+
+    def end(self) -> None:
+        """A test that failed must leave no driver behind."""
+        for process in self.started:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
 
     def jobs(self) -> list[dict[str, str]]:
         """Every attempt of every job submitted from here, as sacct tells it."""
@@ -86,17 +97,21 @@ class Site:
 
 
 @pytest.fixture
-def site(box: Box, tmp_path: Path) -> Site:
+def site(box: Box, tmp_path: Path) -> Iterator[Site]:
     """A user who has nothing yet."""
     (tmp_path / "user").mkdir()
-    return Site(tmp_path / "user", box)
+    found = Site(tmp_path / "user", box)
+    yield found
+    found.end()
 
 
 @pytest.fixture
-def begun(box: Box, prepared: Study, tmp_path: Path) -> Site:
+def begun(box: Box, prepared: Study, tmp_path: Path) -> Iterator[Site]:
     """A user whose data and base model are made: what is left is training and after."""
     shutil.copytree(prepared.folder, tmp_path / "user", copy_function=shutil.copy2)
-    return Site(tmp_path / "user", box)
+    found = Site(tmp_path / "user", box)
+    yield found
+    found.end()
 
 
 def test_the_users_command_runs_the_study_and_the_books_are_the_schedulers(site: Site) -> None:
