@@ -244,22 +244,45 @@ def read_manifest(directory: Path, stage: str | None = None) -> dict[str, Any]:
         ) from error
     if stage is not None and manifest.get("stage") != stage:
         raise ArtifactError(f"{path} was written by {manifest.get('stage')!r}, not by {stage!r}")
+    if wrong := damage(directory, manifest):
+        raise ArtifactError(f"{wrong}; delete {directory} and run the same command again")
+    return manifest
+
+
+def damage(directory: Path, manifest: Mapping[str, Any]) -> str | None:
+    """What is wrong with the payload that a manifest lists; None if nothing is."""
     for name, entry in manifest["files"].items():
         file = directory / name
-        size = file.stat().st_size if file.exists() else None
-        if size != entry["bytes"]:
-            found = "is missing" if size is None else f"has {size} bytes"
-            raise ArtifactError(
-                f"{file} {found}, its manifest says {entry['bytes']} bytes; "
-                f"delete {directory} and run the same command again"
-            )
+        if not file.exists():
+            return f"{file} is missing, its manifest says {entry['bytes']} bytes"
+        status = file.stat()
+        if status.st_size != entry["bytes"]:
+            return f"{file} has {status.st_size} bytes, its manifest says {entry['bytes']}"
         # Hashing a file that nobody wrote to since would cost a read of all data at every stage.
-        if file.stat().st_mtime_ns != entry.get("mtime_ns") and sha256(file) != entry["sha256"]:
-            raise ArtifactError(
-                f"{file} was changed after it was written: its hash is not its manifest's; delete "
-                f"{directory} and run the same command again"
-            )
-    return manifest
+        if status.st_mtime_ns != entry.get("mtime_ns") and sha256(file) != entry["sha256"]:
+            return f"{file} was changed after it was written: its hash is not its manifest's"
+    return None
+
+
+PlanDocument = Mapping[str, Any]
+"""Content of a plan file, `results/plan/{study}.json`, as `Plan.write` left it."""
+
+
+def read_plan(path: Path) -> PlanDocument:
+    """A plan file.
+
+    Raises:
+        ArtifactError: there is none.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ArtifactError(f"{path} does not exist; `abf plan STUDY.yaml` writes it") from None
+
+
+def read_plans(results: Path) -> list[PlanDocument]:
+    """The plans of all studies below a results folder, by name."""
+    return [read_plan(path) for path in sorted((results / "plan").glob("*.json"))]
 
 
 def shards(directory: Path, split: str, suffix: str = ".parquet") -> list[Path]:

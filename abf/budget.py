@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
+from abf.artifacts import PlanDocument, read_plans
 from abf.cluster.config import SiteConfig
 from abf.cluster.history import Attempt
 from abf.cluster.saldo import read_saldo
@@ -26,9 +27,7 @@ from abf.ledger.budget import (
     limits,
     measure,
     spent_node_hours,
-    study_plans,
 )
-from abf.ledger.budget import Plan as PlanDocument
 from abf.ledger.forecast import INTERVAL, Forecast, forecast
 from abf.ledger.reserve import open_reservations
 from abf.ledger.work import calibration_cells, work_done, work_left
@@ -83,7 +82,7 @@ def open_books(results: Path, site: SiteConfig, study: str | None = None) -> Boo
         ClusterError: the accounting does not answer.
         ArtifactError: there is no plan of that name.
     """
-    plans = study_plans(results)
+    plans = read_plans(results)
     wanted = [plan for plan in plans if study in (None, plan["study"])]
     if study is not None and not wanted:
         raise ArtifactError(f"{results}/plan holds no study {study}; `abf plan` writes it")

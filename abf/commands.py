@@ -14,9 +14,10 @@ from pydantic import TypeAdapter, ValidationError
 from abf.base import SEEDS
 from abf.errors import ArtifactError
 from abf.files import lock
+from abf.instance import origin
 from abf.site import load_node
 from abf.stage import StageRun, declare, is_finished, stage
-from abf.stages import stage_dir
+from abf.stages import CONFIG, stage_dir
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class Job:
             ArtifactError: there is none, or it belongs to another stage.
         """
         directory = stage_dir(path)
-        config = directory / "config.json"
+        config = directory / CONFIG
         try:
             document = json.loads(config.read_text(encoding="utf-8"))
         except FileNotFoundError:
@@ -87,9 +88,9 @@ class Job:
             ArtifactError: an input is unfinished or damaged.
         """
         # An imported checkpoint's files may have changed; nothing here knows them.
-        if self.document["config"].get("base", {}).get("kind") == "import":
+        stage, config = self.document["stage"], self.directory / CONFIG
+        if stage == "base" and origin(stage, self.document["config"]):
             return False
-        stage, config = self.document["stage"], self.directory / "config.json"
         return is_finished(stage, self.directory, inputs=self.all_inputs(), config=config)
 
     def _place(self, relative: str) -> Path:
@@ -343,7 +344,7 @@ def _reading(job: Job) -> dict[str, Any]:
 
 
 def _plan_of(job: Job) -> Mapping[str, Any]:
-    from abf.study import read_plan
+    from abf.artifacts import read_plan
 
     return read_plan(job.results / "plan" / job.setting("plan"))
 
@@ -356,7 +357,7 @@ def run_stage(name: str, path: Path, *, declared: bool = True) -> None:
     """
     job = Job.open(name, path)
     directory, inputs = job.directory, job.all_inputs()
-    config = directory / "config.json"
+    config = directory / CONFIG
     with lock(directory, f"abf {name}"):
         if job.finished():
             if declared:

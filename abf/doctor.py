@@ -25,7 +25,8 @@ from abf.cluster.saldo import read_saldo
 from abf.config import read_yaml
 from abf.errors import AbfError, ArtifactError, ClusterError, ConfigError, os_fault
 from abf.grid import load_study
-from abf.plan import Instance, Plan
+from abf.instance import Instance, origin
+from abf.plan import Plan
 from abf.site import load_site, site_path
 from abf.stages import MANIFEST
 
@@ -206,7 +207,8 @@ def offline(plan: Plan, study: Path | None, profile: str) -> Iterator[Finding]:
     absent = [i for i in wanting if not (i.directory(plan.results) / MANIFEST).exists()]
     for i in plan.instances.values():
         if kind(i) in ("local", "directory") and not i.files:
-            yield fail("data", f"{i.place}: no file matches {_path_of(i)!r}: correct `path`")
+            path = origin(i.stage, i.config)["path"]
+            yield fail("data", f"{i.place}: no file matches {path!r}: correct `path`")
     if not absent:
         text = f"{len(wanting)} stage(s) from a network, all fetched"
         yield ok("data", text if wanting else "nothing comes from a network")
@@ -240,17 +242,7 @@ def offline(plan: Plan, study: Path | None, profile: str) -> Iterator[Finding]:
 
 def kind(instance: Instance) -> str:
     """Kind of the source or checkpoint that a stage fetches; empty when it fetches none."""
-    if instance.stage == "fetch":
-        return instance.config["source"]["kind"]
-    if instance.stage == "base" and instance.config["base"]["kind"] == "import":
-        return instance.config["base"]["checkpoint"]["kind"]
-    return ""
-
-
-def _path_of(instance: Instance) -> str:
-    if instance.stage == "fetch":
-        return instance.config["source"]["path"]
-    return instance.config["base"]["checkpoint"]["path"]
+    return origin(instance.stage, instance.config).get("kind", "")
 
 
 def needs_network(instance: Instance) -> bool:

@@ -12,15 +12,14 @@ import contextlib
 import os
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Collection
 from pathlib import Path
 
 from abf.cluster import slurm
+from abf.cluster.jobs import RULE_PREFIX, rule_comment
 from abf.cluster.slurm import QueuedJob
 from abf.files import lock
 
-PREFIX = "abf_"
-"""Of the names of jobs that Snakemake's Slurm executor submits (profiles/leonardo)."""
 NOTICE_SECONDS = 60
 """Longest pause between two looks of the Slurm executor at its jobs; its own limit of 180 s would
 notice a cancelled job only after three minutes."""
@@ -45,11 +44,11 @@ def claim(results: Path, study: str) -> None:
         atexit.register(_held.close)  # takes our name off the lock
 
 
-def settle(places: Iterable[tuple[str, str]], *, interval: float) -> None:
+def settle(places: Collection[str], *, interval: float) -> None:
     """Wait until no job of an earlier driver is at work on these stage directories.
 
     Args:
-        places: stage and key of every planned directory.
+        places: `{stage}/{key}` of every planned directory.
         interval: seconds between two looks at the queue.
 
     Raises:
@@ -69,14 +68,14 @@ def settle(places: Iterable[tuple[str, str]], *, interval: float) -> None:
         time.sleep(interval)
 
 
-def orphans(places: Iterable[tuple[str, str]]) -> list[QueuedJob]:
+def orphans(places: Collection[str]) -> list[QueuedJob]:
     """Live jobs of Snakemake's that work on these stage directories, from this folder."""
-    comments = {f"rule_{stage}_wildcards_{key.replace('/', '_')}" for stage, key in places}
+    comments = {rule_comment(place) for place in places}
     return [
         job
         for job in slurm.queue()
         if job.live
-        and job.name.startswith(PREFIX)
+        and job.name.startswith(RULE_PREFIX)
         and job.comment in comments
         and os.path.realpath(job.workdir) == os.path.realpath(Path.cwd())
     ]

@@ -1,16 +1,16 @@
 """Training as a job of the scheduler's: submit or re-attach, wait cheaply, declare what finished.
 
 The rule's process is light and may die at any time: the job goes on, its id is in
-`{directory}/job.json`, and the next process attaches to it instead of submitting again. On the
-job's side every rank runs `TrainJob`; near the time limit all save, and the first puts the job back
-into the queue under its own id, as often as it takes. The job leaves its manifest undeclared
-(`.done/`); only the waiting rule gives it the name that Snakemake looks for.
+`{directory}/job.json` (`abf.cluster.jobs`), and the next process attaches to it instead of
+submitting again. On the job's side every rank runs `TrainJob`; near the time limit all save, and
+the first puts the job back into the queue under its own id, as often as it takes. The job leaves
+its manifest undeclared (`.done/`); only the waiting rule gives it the name that Snakemake looks
+for.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import signal
 import sys
@@ -24,18 +24,18 @@ from submitit.core.utils import FailedJobError
 
 from abf.cluster import slurm
 from abf.cluster.config import LaunchConfig, SiteConfig
+from abf.cluster.jobs import job_record, launch_comment, write_job_record
 from abf.cluster.poll import UNKNOWN, JobState, Watch
 from abf.commands import Job, follow_stage, run_stage
 from abf.errors import ClusterError, Interrupted
-from abf.files import lock, write_json
+from abf.files import lock
+from abf.instance import LAUNCH
 from abf.ledger.budget import job_node_hours
 from abf.ledger.reserve import allow
-from abf.plan import LAUNCH
 from abf.site import load_site
 from abf.stage import declare
 from abf.track.attempts import read_attempts
 
-RECORD = "job.json"
 FOLDER = ".job"
 """Folder in the stage directory for submitit's script and logs, and for the ranks' meeting."""
 RESUBMIT = frozenset({"NODE_FAIL", "BOOT_FAIL", "TIMEOUT", "PREEMPTED", UNKNOWN})
@@ -120,7 +120,7 @@ class Launch:
 
     def __init__(self, name: str, job: Job, site: SiteConfig) -> None:
         self.name, self.job, self.site = name, job, site
-        self.directory = job.directory
+        self.directory, self.place = job.directory, f"{name}/{job.document['key']}"
         self.plan = LaunchConfig.model_validate_json((job.directory / LAUNCH).read_bytes())
         self.watch = Watch(job.results / ".driver", interval=site.poll_seconds)
         self._told = ""
@@ -146,7 +146,7 @@ class Launch:
 
     def _attached(self) -> str | None:
         """Id of this directory's live job, if there is one."""
-        record = self._record()
+        record = job_record(self.directory)
         job_id = record.get("job_id")
         if record and job_id is None:
             # The last process died between asking for the job and writing down its id.
@@ -161,7 +161,7 @@ class Launch:
         return job_id
 
     def _submit(self) -> str:
-        count = self._record().get("submissions", 0) + 1
+        count = job_record(self.directory).get("submissions", 0) + 1
         executor = submitit.SlurmExecutor(folder=self.directory / FOLDER)
         executor.update_parameters(**self._parameters())
         # A driver that is itself a job must not hand on its own geometry.
@@ -169,7 +169,7 @@ class Launch:
             del os.environ[variable]
         with allow(
             job_node_hours(self.plan, self.site),
-            place=f"{self.name}/{self.job.document['key']}",
+            place=self.place,
             job_name=self.job_name,
             results=self.job.results,
             site=self.site,
@@ -212,7 +212,7 @@ class Launch:
             "additional_parameters": {
                 "mem": 0,
                 "requeue": True,
-                "comment": f"abf {self.name} {self.directory.name}",
+                "comment": launch_comment(self.place),
             },
         }
 
@@ -240,8 +240,8 @@ class Launch:
 
     def _lost(self, job_id: str, state: JobState) -> None:
         """The job ended without its work: go on when nobody wished it, else raise."""
-        record = self._record()
-        write_json(self.directory / RECORD, record | {"ended": state.state})
+        record = job_record(self.directory)
+        write_job_record(self.directory, record | {"ended": state.state})
         if state.state == "COMPLETED":
             raise ClusterError(
                 f"job {job_id} completed but left no finished manifest in {self.directory}; "
@@ -267,13 +267,9 @@ class Launch:
         newest = max(logs, key=lambda path: path.stat().st_mtime, default=None)
         return f"its log: {newest}" if newest else "it wrote no log"
 
-    def _record(self) -> dict[str, Any]:
-        path = self.directory / RECORD
-        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-
     def _write(self, job_id: str | None, submissions: int) -> None:
         record = {"job_id": job_id, "name": self.job_name, "submissions": submissions}
-        write_json(self.directory / RECORD, record)
+        write_job_record(self.directory, record)
 
     def _show(self, state: JobState) -> None:
         trouble = self.watch.trouble()

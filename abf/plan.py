@@ -6,55 +6,23 @@ learning rate never re-tokenizes, and a changed cell never overwrites a finished
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
 import platform
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from abf.base import ConfigModel
 from abf.cluster.config import LaunchConfig
-from abf.data.config import LocalSource, PackConfig, Source, StdlibSource
-from abf.data.local import matching_files
+from abf.data.config import PackConfig, Source, StdlibSource
 from abf.errors import ConfigError
 from abf.eval.config import GENERATIVE_KINDS
 from abf.grid import Cell, Study
-from abf.hardware import resolve_precision
+from abf.instance import LAUNCH, Inputs, Instance, digest, resolved, write_if_changed
 from abf.segment.config import SentenceSegmenter
-from abf.stages import MANIFEST, STAGES
-from abf.train.config import Base
+from abf.stages import CONFIG, ENDS, MANIFEST
 
-LAUNCH = "launch.json"
-"""File beside `config.json` of what is trained: its `LaunchConfig`."""
 DEFAULT_MAX_BLOCK = PackConfig().max_block
-Inputs = dict[str, "Instance | list[Instance]"]
-
-
-@dataclass(frozen=True)
-class Instance:
-    """One stage directory of the plan."""
-
-    stage: str
-    key: str
-    config: Mapping[str, Any]
-    inputs: Inputs = field(default_factory=dict)
-    threads: int = 1
-    launch: LaunchConfig | None = None
-    """How a cluster runs it, for what is trained; no part of what it computes."""
-    files: tuple[Path, ...] = ()
-    """Files from outside that it reads: when they change it runs again."""
-
-    @property
-    def place(self) -> str:
-        """Where it lives, relative to the results folder."""
-        return f"{self.stage}/{self.key}"
-
-    def directory(self, results: Path) -> Path:
-        """Where it lives."""
-        return results / self.place
 
 
 @dataclass(frozen=True)
@@ -70,12 +38,6 @@ class PlannedCell:
     base: Instance
     tokenizer: Instance
     sources: tuple[Instance, ...]
-
-
-def digest(value: Any) -> str:
-    """8 hex digits over canonical JSON."""
-    text = json.dumps(value, sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
 class Plan:
@@ -104,7 +66,6 @@ class Plan:
         keyed: bool = True,
         threads: int = 1,
         launch: LaunchConfig | None = None,
-        files: Sequence[Path] = (),
     ) -> Instance:
         """The stage directory with this content; made on first use."""
         inputs = inputs or {}
@@ -115,18 +76,15 @@ class Plan:
         key = f"{slug}-{digest([stage, config, upstream])}" if keyed else slug
         known = self.instances.get((stage, key))
         if known is None:
-            known = Instance(stage, key, dict(config), inputs, threads, launch, tuple(files))
+            known = Instance(stage, key, dict(config), inputs, threads, launch)
             self.instances[stage, key] = known
         return known
 
     def _source(self, source: Source) -> Instance:
         settings: dict[str, Any] = {"source": _dump(source)}
-        files: Sequence[Path] = ()
-        if isinstance(source, LocalSource):
-            files = matching_files(source.path)
-        elif isinstance(source, StdlibSource):
+        if isinstance(source, StdlibSource):
             settings["python"] = platform.python_version()  # another one has another text
-        return self._add("fetch", _source_slug(source), settings, files=files)
+        return self._add("fetch", _source_slug(source), settings)
 
     def _cell(self, cell: Cell) -> PlannedCell:
         cfg = cell.config
@@ -138,9 +96,7 @@ class Plan:
         imported = cfg.base.kind == "import"
         base: Instance | None = None
         if imported:
-            base = self._add(
-                "base", "import", {"base": base_cfg}, files=_checkpoint_files(cfg.base)
-            )
+            base = self._add("base", "import", {"base": base_cfg})
         source_of_tokens = base if base is not None else documents
         tokenizer = self._add(
             "tokenizer",
@@ -240,16 +196,16 @@ class Plan:
         """Write every `config.json` whose text changes, and the plan itself; how many changed."""
         changed = 0
         for instance in self.instances.values():
-            path = instance.directory(self.results) / "config.json"
-            changed += _write_if_changed(path, self.document(instance))
+            path = instance.directory(self.results) / CONFIG
+            changed += write_if_changed(path, self.document(instance))
             if instance.launch is not None:
                 # Beside the configuration, not in it: another number of nodes reruns nothing.
-                changed += _write_if_changed(path.with_name(LAUNCH), _dump(instance.launch))
-        return changed + _write_if_changed(self.path, self.as_document())
+                changed += write_if_changed(path.with_name(LAUNCH), _dump(instance.launch))
+        return changed + write_if_changed(self.path, self.as_document())
 
     def document(self, instance: Instance) -> dict[str, Any]:
         """What `write` puts into an instance's `config.json`."""
-        return _resolved(instance, instance.directory(self.results) / "config.json")
+        return resolved(instance, instance.directory(self.results) / CONFIG)
 
     @property
     def path(self) -> Path:
@@ -279,8 +235,8 @@ class Plan:
                 "arm": planned.cell.config.arm,
                 "seed": planned.cell.config.seed,
                 "run": planned.run,
-                # A cap may be raised at any time; what a cell runs stays what it is.
-                "config": planned.cell.config.model_dump(mode="json", exclude={"budget"}),
+                # Caps and nodes may change at any time; what a cell computes stays what it is.
+                "config": planned.cell.config.model_dump(mode="json", exclude={"budget", "launch"}),
                 "train": planned.train.place,
                 "decodes": {name: d.place for name, d in planned.decodes.items()},
                 "score": planned.score.place,
@@ -293,13 +249,12 @@ class Plan:
             }
             for planned in self.cells
         ]
-        ends = {"ledger", "report", "mlflow"}
         return {
             "study": self.study.name,
             "grid": self.study.path.name,
             "cap_node_hours": self.cap_node_hours,
             "cells": cells,
-            "stages": [i.place for i in self.instances.values() if i.stage not in ends],
+            "stages": [i.place for i in self.instances.values() if i.stage not in ENDS],
         }
 
     # --- what the Snakefile asks -------------------------------------------------------------
@@ -321,7 +276,7 @@ class Plan:
             implied = {above for i in direct for above in self._ancestors(i)}
             waits = [self._manifest(i) for i in direct if (i.stage, i.key) not in implied]
             outside = map(str, instance.files)
-            return [f"{self.results}/{instance.place}/config.json", *waits, *outside]
+            return [f"{self.results}/{instance.place}/{CONFIG}", *waits, *outside]
 
         return inputs_of_stage
 
@@ -373,69 +328,8 @@ def _one(instance: Instance, name: str) -> Instance:
     return found
 
 
-def _checkpoint_files(base: Base) -> list[Path]:
-    """Files of the folder that an imported base comes from; a package is pinned by its version."""
-    checkpoint = base.checkpoint if base.kind == "import" else None
-    return matching_files(checkpoint.path) if checkpoint and checkpoint.kind == "directory" else []
-
-
 def _source_slug(source: ConfigModel) -> str:
     fields = source.model_dump()
     if fields["kind"] == "pypi":
         return fields["requirement"].partition("==")[0].lower()
     return fields["kind"]
-
-
-def _resolved(instance: Instance, path: Path) -> dict[str, Any]:
-    """Content of `config.json`. `auto` is resolved on first writing and never again for a key."""
-    assert instance.stage in STAGES, instance.stage
-    config = json.loads(json.dumps(instance.config))
-    choices: dict[str, dict[str, str]] = {}
-    before = (_read(path) or {}).get("resolved", {})
-
-    def settle(node: Any, where: str) -> None:
-        if not isinstance(node, dict):
-            return
-        for name, value in node.items():
-            here = f"{where}.{name}" if where else name
-            if name == "precision" and value == "auto":
-                if here not in before:
-                    chosen, why = resolve_precision()
-                    choices[here] = {"requested": "auto", "value": chosen, "because": why}
-                else:
-                    choices[here] = before[here]
-                node[name] = choices[here]["value"]
-            else:
-                settle(value, here)
-
-    settle(config, "")
-    return {
-        "stage": instance.stage,
-        "key": instance.key,
-        "config": config,
-        "inputs": {
-            name: [i.place for i in up] if isinstance(up, list) else up.place
-            for name, up in instance.inputs.items()
-        },
-        "resolved": choices,
-    }
-
-
-def _write_if_changed(path: Path, document: dict[str, Any]) -> bool:
-    """Write unless the file says so already: Snakemake reruns what reads a changed file."""
-    before = _read(path)
-    if before == document:
-        return False
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(document, indent=1, sort_keys=True) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
-    return True
-
-
-def _read(path: Path) -> dict[str, Any] | None:
-    """JSON of a file; none when it is missing or no JSON (it is then written again)."""
-    try:
-        return json.loads(path.read_bytes())
-    except (FileNotFoundError, ValueError):
-        return None

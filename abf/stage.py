@@ -16,11 +16,10 @@ from typing import Any
 
 from abf.artifacts import file_entries, publish, read_manifest
 from abf.files import lock, sha256, write_json, write_text
-from abf.stages import MANIFEST, STAGES, stage_dir
+from abf.stages import CONFIG, MANIFEST, STAGES, stage_dir
 from abf.track.attempts import attempt
 
 STAGING = ".staging"
-CONFIG = "config.json"
 DONE = ".done"
 """Folder of the finished manifest, and of the configuration it was made with. Snakemake deletes
 declared outputs before it runs a rule again, after a killed driver for example; what lies here it

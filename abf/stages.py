@@ -43,6 +43,11 @@ STAGES: dict[str, Stage] = {
     )
 }
 
+CONFIG = "config.json"
+"""What a stage directory is to hold, written before it is made."""
+ENDS = ("ledger", "report", "mlflow")
+"""Stages that a study has one directory of, named after it."""
+
 
 def stage_dir(path: Path | str) -> Path:
     """The stage directory, given it or its manifest."""

@@ -16,32 +16,18 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from abf.artifacts import read_manifest
-from abf.errors import ArtifactError, ConfigError
+from abf.artifacts import PlanDocument, read_manifest, read_plans
+from abf.errors import ConfigError
 from abf.files import sha256
 from abf.grid import load_study
 from abf.plan import Plan
 from abf.report.config import ReportConfig
 from abf.report.inputs import ReportCell, ReportPlan, SourceNote
 from abf.stage import git_sha
-from abf.stages import MANIFEST
+from abf.stages import CONFIG, MANIFEST
 from abf.track.mlflow_records import Cell, DatasetRef, IngestPlan
 from abf.track.mlflow_store import ingest, runs_page
 from abf.track.outcomes import attempt_outcomes
-
-PlanDocument = Mapping[str, Any]
-
-
-def read_plan(path: Path) -> PlanDocument:
-    """A plan file as `Plan.write` left it.
-
-    Raises:
-        ArtifactError: there is none.
-    """
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ArtifactError(f"{path} does not exist; `abf plan STUDY.yaml` writes it") from None
 
 
 def flatten(value: Any, prefix: str = "") -> dict[str, str]:
@@ -174,7 +160,7 @@ def _counts(manifest: Mapping[str, Any], name: str) -> str:
 
 
 def _source(directory: Path) -> SourceNote:
-    source = json.loads((directory / "config.json").read_text(encoding="utf-8"))["config"]["source"]
+    source = json.loads((directory / CONFIG).read_text(encoding="utf-8"))["config"]["source"]
     counts = read_manifest(directory)["counts"]
     return SourceNote(
         name=str(counts.get("source", directory.name)),
@@ -190,14 +176,14 @@ def serve_ui(results: Path, port: int) -> None:
     Raises:
         ConfigError: there is no study yet, or the port is taken.
     """
-    plans = sorted((results / "plan").glob("*.json"))
+    plans = read_plans(results)
     if not plans:
         raise ConfigError(f"{results} holds no study yet; run `make demo` first")
     pages = {}
-    for path in plans:
-        counts = ingest_study(read_plan(path), results)
-        print(f"ingest {path.stem}: {counts}", flush=True)
-        pages[path.stem] = runs_page(counts["experiment"])
+    for plan in plans:
+        counts = ingest_study(plan, results)
+        print(f"ingest {plan['study']}: {counts}", flush=True)
+        pages[plan["study"]] = runs_page(counts["experiment"])
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -237,7 +223,7 @@ def print_plan(study: Path, results: Path) -> None:
         attempts = attempt_outcomes(directory)
         manifest = _manifest(directory)
         if manifest is not None:
-            current = manifest["config"] == sha256(directory / "config.json")
+            current = manifest["config"] == sha256(directory / CONFIG)
             state = "done" if current else "outdated"
         else:
             state = attempts[-1]["state"].lower() if attempts else "to do"

@@ -124,12 +124,12 @@ def test_files_from_outside_are_inputs(tmp_path: Path, monkeypatch: pytest.Monke
 def test_config_json_is_written_once_and_auto_stays_resolved(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("abf.plan.resolve_precision", lambda: ("bf16", "first machine"))
+    monkeypatch.setattr("abf.instance.resolve_precision", lambda: ("bf16", "first machine"))
     results = tmp_path / "results"
     plan = Plan(study(tmp_path), results)
     trained = [i for i in plan.instances.values() if i.stage in ("base", "train")]
     assert plan.write() == len(plan.instances) + len(trained) + 1
-    monkeypatch.setattr("abf.plan.resolve_precision", lambda: ("fp32", "another machine"))
+    monkeypatch.setattr("abf.instance.resolve_precision", lambda: ("fp32", "another machine"))
     assert Plan(study(tmp_path), results).write() == 0
     path = plan.cells[0].train.directory(results) / "config.json"
     document = json.loads(path.read_text())

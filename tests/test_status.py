@@ -18,9 +18,9 @@ from abf.plan import Plan
 from abf.seeing.at_work import lock_holder
 from abf.seeing.hours import Hours, hours_to_come
 from abf.seeing.look import Status, look
-from abf.seeing.planned import read_planned
+from abf.seeing.planned import Planned, read_planned
 from abf.stage import stage
-from abf.stages import MANIFEST, STAGES
+from abf.stages import ENDS, MANIFEST, STAGES
 from abf.status import Page, duration, hours, render, show_status
 from abf.track.attempts import ATTEMPTS
 from abf.track.journal import Journal
@@ -222,14 +222,29 @@ def test_a_lock_is_looked_at_without_taking_it(tmp_path: Path) -> None:
     assert lock_holder(tmp_path / ".lock").alive is False  # type: ignore[union-attr]
 
 
-def test_forecast_of_running_work_is_what_is_left() -> None:
+def test_core_hours_to_come_are_the_mean_less_what_was_spent() -> None:
     states = {
         f"train/{n}": s for n, s in zip("abcd", ["done", "done", "running", "to do"], strict=True)
     }
-    spent = {"train/a": Hours(1, 10), "train/b": Hours(3, 30), "train/c": Hours(0.5, 25)}
-    to_come, unmeasured = hours_to_come(states, spent)
-    assert to_come == {"train": Hours(2 + 1.5, 20 + 0)}
-    assert unmeasured == []
+    spent = {"train/a": Hours(1), "train/b": Hours(3), "train/c": Hours(0.5)}
+    planned = Planned(Path("nowhere"), (), None)
+    assert hours_to_come(planned, states, spent) == ({"train": Hours(2 + 1.5)}, [])
+
+
+def test_node_hours_to_come_are_the_forecasts(plan: Plan) -> None:
+    first, second = plan.cells
+    left = [second.train, *second.decodes.values(), second.score]
+    for instance in plan.instances.values():
+        if instance.stage not in ENDS and instance not in left:
+            finish(instance, RESULTS)
+    states = {first.score.place: "done", second.score.place: "to do", second.train.place: "to do"}
+    spent = {first.score.place: Hours(node=10)}
+    to_come, unmeasured = hours_to_come(read_planned(RESULTS, None), states, spent)
+    assert unmeasured == ["train"]
+    assert list(to_come) == ["score"]
+    assert to_come["score"].core == 0
+    # One measurement, one directory like it: the median is the measurement.
+    assert to_come["score"].node == pytest.approx(10)
 
 
 def test_pace_over_a_resume_and_a_torn_line(tmp_path: Path) -> None:

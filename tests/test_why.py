@@ -11,7 +11,8 @@ import pytest
 
 from abf.errors import ConfigError
 from abf.grid import load_study
-from abf.plan import Instance, Plan
+from abf.instance import Instance
+from abf.plan import Plan
 from abf.seeing.planned import read_planned
 from abf.stage import declare, stage
 from abf.stages import MANIFEST, STAGES

@@ -8,7 +8,6 @@ account counts.
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,14 +15,13 @@ from datetime import UTC, date, datetime
 from pathlib import Path
 from typing import Any
 
+from abf.artifacts import PlanDocument
 from abf.cluster import slurm
 from abf.cluster.config import AllocationConfig, LaunchConfig, SiteConfig
 from abf.cluster.history import Attempt, history
+from abf.cluster.jobs import by_comment
 from abf.errors import BudgetError
-from abf.ledger.slurm import changed_since, comments_of, kept_records, ours
-
-Plan = Mapping[str, Any]
-"""A plan file, as JSON values."""
+from abf.ledger.slurm import fresh_records, kept_records, ours
 
 
 @dataclass(frozen=True)
@@ -42,7 +40,7 @@ class Used:
     def of(self, places: Iterable[str]) -> tuple[float, float]:
         """Node-hours spent and committed by our jobs on these stage directories."""
         known = self.by_comment
-        found = [known[c] for place in places for c in comments_of(place) if c in known]
+        found = [known[c] for c in by_comment(places) if c in known]
         return sum(spent for spent, _ in found), sum(committed for _, committed in found)
 
 
@@ -138,42 +136,50 @@ def measure(results: Path, site: SiteConfig) -> tuple[Used, list[Attempt]]:
     Raises:
         ClusterError: the accounting or the queue does not answer.
     """
-    allocation, known = site.allocation, kept_records(results)
+    allocation = site.allocation
     begin, end = (0.0, float("inf")) if allocation is None else allocation_bounds(allocation)
     at = time.time()
     if begin > at:
         attempts = mine = []  # sacct refuses to be asked about the future
     elif allocation is None:
-        fresh = list(history(since=changed_since(known.values())))
-        attempts = list({**known, **{a.key: a for a in ours(fresh)}}.values())
-        mine = attempts
+        attempts = mine = list(fresh_records(results).values())
     else:
         attempts = list(history(since=int(begin), account=site.account, everybody=True))
-        mine = list({**known, **{a.key: a for a in ours(attempts)}}.values())
+        mine = list((kept_records(results) | {a.key: a for a in ours(attempts)}).values())
     waiting = any(a.start is None and a.end is None for a in attempts)
     whole = _whole_nodes(site.account) if waiting else {}
     full = site.node.billing
-
-    def committed(attempt: Attempt) -> float:
-        return committed_node_hours(attempt, site, whole_nodes=whole.get(attempt.job_id, 0))
-
-    by_comment: dict[str, tuple[float, float]] = {}
-    for attempt in mine:
-        spent, given = by_comment.get(attempt.comment, (0.0, 0.0))
-        by_comment[attempt.comment] = (
-            spent + spent_node_hours(attempt, full_billing=full),
-            given + committed(attempt),
-        )
     used = Used(
         at=at,
         who=whose(site),
         spent_node_hours=sum(
             spent_node_hours(a, full_billing=full, begin=begin, end=end) for a in attempts
         ),
-        committed_node_hours=sum(map(committed, attempts)),
-        by_comment=by_comment,
+        committed_node_hours=sum(
+            committed_node_hours(a, site, whole_nodes=whole.get(a.job_id, 0)) for a in attempts
+        ),
+        by_comment=use_by_comment(mine, site, whole_nodes=whole),
     )
     return used, attempts
+
+
+def use_by_comment(
+    attempts: Iterable[Attempt], site: SiteConfig, *, whole_nodes: Mapping[str, int] | None = None
+) -> dict[str, tuple[float, float]]:
+    """Node-hours spent and committed, by what the scheduler was told of the jobs.
+
+    Args:
+        whole_nodes: nodes that waiting jobs want for themselves, by job id.
+    """
+    found: dict[str, tuple[float, float]] = {}
+    for attempt in attempts:
+        spent, given = found.get(attempt.comment, (0.0, 0.0))
+        whole = (whole_nodes or {}).get(attempt.job_id, 0)
+        found[attempt.comment] = (
+            spent + spent_node_hours(attempt, full_billing=site.node.billing),
+            given + committed_node_hours(attempt, site, whole_nodes=whole),
+        )
+    return found
 
 
 def whose(site: SiteConfig) -> str:
@@ -192,14 +198,8 @@ def _whole_nodes(account: str) -> dict[str, int]:
 # --- plans and their caps ----------------------------------------------------------------------
 
 
-def study_plans(results: Path) -> list[Plan]:
-    """Every plan file below the results folder."""
-    paths = sorted((results / "plan").glob("*.json"))
-    return [json.loads(path.read_text(encoding="utf-8")) for path in paths]
-
-
 def limits(
-    plans: Sequence[Plan],
+    plans: Sequence[PlanDocument],
     used: Used,
     site: SiteConfig,
     *,

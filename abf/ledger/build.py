@@ -6,7 +6,7 @@ Hours are wall-clock times what was reserved. A local attempt has core_hours = c
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -44,9 +44,8 @@ def build_ledger(
         ArtifactError: a line of `attempts.jsonl` is no record; names file, line and fault.
     """
     directories = dict.fromkeys(_below(results, stage_dir(path)) for path in stage_dirs)
-    rows = [row for path in directories for row in ledger_rows(path, run=_key(results, path))]
-    jobs = {row["job_id"] for row in scheduled}
-    rows = [*(row for row in rows if row["job_id"] not in jobs), *map(dict, scheduled)]
+    own = [row for path in directories for row in ledger_rows(path, run=_key(results, path))]
+    rows = with_scheduled(own, scheduled)
     rows.sort(key=lambda r: (r["submit_time"], r["rule"], r["run"], r["attempt"], r["job_id"]))
     write_table(out / "ledger.parquet", pa.Table.from_pylist(rows, schema=LEDGER), LEDGER)
     return {
@@ -56,6 +55,14 @@ def build_ledger(
         "core_hours": sum(row["core_hours"] or 0.0 for row in rows),
         "node_hours": sum(row["node_hours"] or 0.0 for row in rows),
     }
+
+
+def with_scheduled(
+    own: Iterable[Mapping[str, Any]], scheduled: Sequence[Mapping[str, Any]]
+) -> list[dict[str, Any]]:
+    """Rows that attempts wrote down and rows of the scheduler's, each job once: as the latter."""
+    jobs = {row["job_id"] for row in scheduled}
+    return [*(dict(row) for row in own if row["job_id"] not in jobs), *map(dict, scheduled)]
 
 
 def _below(results: Path, directory: Path) -> Path:

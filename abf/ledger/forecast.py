@@ -157,8 +157,10 @@ def _kind(
     if freedom is None:
         factor = ASSUMED_FACTOR
     else:
+        from scipy.stats import t  # slow to import, and a plan without measurements needs none
+
         deviation = math.sqrt(own + spread**2 / len(logs))
-        factor = math.exp(student_quantile(freedom) * deviation)
+        factor = math.exp(float(t.ppf((1 + INTERVAL) / 2, freedom)) * deviation)
     return KindForecast(
         kind, len(planned), len(logs), median / factor, median, median * factor, "; ".join(notes)
     )
@@ -187,26 +189,6 @@ def _pooled_spread(measured: Sequence[Measurement]) -> tuple[float, int] | None:
 def normal_quantile() -> float:
     """Upper end of the central interval of a standard normal."""
     return statistics.NormalDist().inv_cdf((1 + INTERVAL) / 2)
-
-
-def student_quantile(freedom: int) -> float:
-    """Upper end of the central interval of Student's t.
-
-    Exact for 1 and 2 degrees of freedom, else the Cornish-Fisher expansion about the normal
-    (Abramowitz and Stegun, 26.7.5), within 0.3 % here.
-    """
-    p = (1 + INTERVAL) / 2
-    if freedom == 1:
-        return math.tan(math.pi * (p - 0.5))
-    if freedom == 2:
-        return (2 * p - 1) * math.sqrt(2 / (4 * p * (1 - p)))
-    z, n = normal_quantile(), freedom
-    terms = (
-        (z**3 + z) / 4,
-        (5 * z**5 + 16 * z**3 + 3 * z) / 96,
-        (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
-    )
-    return z + sum(term / n**power for power, term in enumerate(terms, start=1))
 
 
 def training_parameters(shape: dict[str, int], *, vocabulary: int, longest_block: int) -> int:

@@ -17,11 +17,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from abf.artifacts import read_plans
 from abf.cluster.config import SiteConfig
 from abf.cluster.history import Attempt
 from abf.errors import ClusterError
 from abf.files import write_json
-from abf.ledger.budget import Used, check_dates, limits, measure, study_plans, whose
+from abf.ledger.budget import Used, check_dates, limits, measure, whose
 
 FOLDER = Path(".driver", "budget")
 USED, RESERVED = "used.json", "reserved.json"
@@ -48,7 +49,7 @@ def allow(
         BudgetError: it does not fit; says by how much, and what to change.
         ClusterError: the accounting did not answer for `site.unknown_seconds`.
     """
-    plans = [plan for plan in study_plans(results) if place in plan["stages"]]
+    plans = [plan for plan in read_plans(results) if place in plan["stages"]]
     if site.allocation is None and all(plan.get("cap_node_hours") is None for plan in plans):
         yield lambda job_id: None
         return

@@ -18,6 +18,7 @@ from typing import Any
 from abf.cluster import slurm
 from abf.cluster.config import NodeConfig
 from abf.cluster.history import Attempt, history
+from abf.cluster.jobs import by_comment, is_ours, job_record
 from abf.files import atomic_path
 from abf.track.attempts import read_attempts
 
@@ -37,34 +38,35 @@ def scheduled_rows(
     Raises:
         ClusterError: the accounting does not answer.
     """
-    refresh = slurm.available() and _was_scheduled([results / place for place in places])
-    attempts = update_records(results, refresh=refresh)
-    return slurm_rows(attempts, places, results, full_billing=node.billing)
+    if was_scheduled(results, places):
+        records = fresh_records(results)
+        with (
+            atomic_path(results / RECORDS) as temporary,
+            open(temporary, "w", encoding="utf-8") as handle,
+        ):
+            handle.writelines(json.dumps(vars(attempt)) + "\n" for attempt in records.values())
+    else:
+        records = kept_records(results)
+    return slurm_rows(records.values(), places, results, full_billing=node.billing)
 
 
-def _was_scheduled(directories: Iterable[Path]) -> bool:
-    return any(
-        (directory / "job.json").exists()
-        or any(record["job_id"].isdigit() for record in read_attempts(directory))
-        for directory in directories
+def was_scheduled(results: Path, places: Iterable[str]) -> bool:
+    """Whether there is a scheduler to ask, and a job of its ever worked on one of these places."""
+    return slurm.available() and any(
+        job_record(results / place)
+        or any(record["job_id"].isdigit() for record in read_attempts(results / place))
+        for place in places
     )
 
 
-def update_records(results: Path, *, refresh: bool) -> list[Attempt]:
-    """All kept records; with `refresh`, the scheduler is asked for new and changed ones first.
+def fresh_records(results: Path) -> dict[tuple[str, str, int], Attempt]:
+    """Kept records of our jobs and what the scheduler knows beyond them, by `Attempt.key`.
 
     Raises:
         ClusterError: the accounting does not answer.
     """
     known = kept_records(results)
-    if refresh:
-        for attempt in ours(history(since=changed_since(known.values()))):
-            known[attempt.key] = attempt
-        path = results / RECORDS
-        with atomic_path(path) as temporary, open(temporary, "w", encoding="utf-8") as handle:
-            for attempt in known.values():
-                handle.write(json.dumps(vars(attempt)) + "\n")
-    return list(known.values())
+    return known | {a.key: a for a in ours(history(since=changed_since(known.values())))}
 
 
 def kept_records(results: Path) -> dict[tuple[str, str, int], Attempt]:
@@ -92,18 +94,12 @@ def ours(attempts: Iterable[Attempt]) -> Iterator[Attempt]:
     # Every job of a study names the same folder; to resolve it costs a look at each of its parts.
     resolve = functools.lru_cache(os.path.realpath)
     for attempt in attempts:
-        if attempt.comment.startswith(("abf ", "rule_")) and resolve(attempt.workdir) == here:
+        if is_ours(attempt.comment) and resolve(attempt.workdir) == here:
             yield attempt
 
 
-def comments_of(place: str) -> tuple[str, str]:
-    """What the scheduler is told of a job on `{stage}/{key}`: by `abf.launch`, and by Snakemake."""
-    stage, _, key = place.partition("/")
-    return f"abf {stage} {key}", f"rule_{stage}_wildcards_{key.replace('/', '_')}"
-
-
 def slurm_rows(
-    attempts: Sequence[Attempt], places: Iterable[str], results: Path, *, full_billing: float
+    attempts: Iterable[Attempt], places: Iterable[str], results: Path, *, full_billing: float
 ) -> list[dict[str, Any]]:
     """Ledger rows of the attempts that worked on these places.
 
@@ -112,12 +108,12 @@ def slurm_rows(
         places: `{stage}/{key}` of the study's directories.
         full_billing: what an hour of a full node is billed.
     """
-    by_comment = {comment: place for place in places for comment in comments_of(place)}
+    place_of = by_comment(places)
     numbers: dict[str, int] = {}
     measured: dict[str, dict[str, list[dict[str, Any]]]] = {}
     rows = []
     for attempt in sorted(attempts, key=lambda a: (a.submit, a.job_id)):
-        place = by_comment.get(attempt.comment)
+        place = place_of.get(attempt.comment)
         if place is None:
             continue
         numbers[attempt.job_id] = numbers.get(attempt.job_id, 0) + 1

@@ -12,11 +12,12 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from abf.ledger.budget import Plan, Used
+from abf.artifacts import PlanDocument
+from abf.ledger.budget import Used
 from abf.ledger.forecast import Measurement, Planned, training_parameters
-from abf.stages import MANIFEST, STAGES
+from abf.stages import CONFIG, ENDS, MANIFEST, STAGES
 
-FREE = frozenset({"fetch", "ledger", "report", "mlflow"})
+FREE = frozenset({"fetch", *ENDS})
 """Stages that the driver does itself (profiles/leonardo): they are billed nothing."""
 
 Read = Callable[[str, str], dict[str, Any] | None]
@@ -40,7 +41,7 @@ def work_left(places: Iterable[str], used: Used, results: Path) -> list[Planned]
     """Unfinished directories that cost node-hours, less what their checkpoints hold."""
     read, left = reader(results), []
     for place in dict.fromkeys(places):
-        config = read(place, "config.json")
+        config = read(place, CONFIG)
         if config is None or not _costs(place, config) or _finished(place, read):
             continue
         committed = used.of([place])[1]
@@ -61,7 +62,7 @@ def work_done(used: Used, results: Path) -> list[Measurement]:
     read, done = reader(results), []
     paths = (path for stage in STAGES for path in results.glob(f"{stage}/**/config.json"))
     for place in sorted(path.parent.relative_to(results).as_posix() for path in paths):
-        config = read(place, "config.json")
+        config = read(place, CONFIG)
         spent = used.of([place])[0]
         if config is None or not spent or not _finished(place, read):
             continue
@@ -78,7 +79,7 @@ def work_done(used: Used, results: Path) -> list[Measurement]:
 
 
 def calibration_cells(
-    plan: Plan, unmeasured: Iterable[Planned], results: Path
+    plan: PlanDocument, unmeasured: Iterable[Planned], results: Path
 ) -> list[tuple[str, str]]:
     """Name and score directory of the cheapest cells that measure what is unmeasured."""
     smallest: dict[str, Planned] = {}
@@ -98,7 +99,7 @@ def calibration_cells(
 def _above(place: str, read: Read) -> set[str]:
     found, todo = {place}, [place]
     while todo:
-        for inputs in ((read(todo.pop(), "config.json") or {}).get("inputs") or {}).values():
+        for inputs in ((read(todo.pop(), CONFIG) or {}).get("inputs") or {}).values():
             for other in [inputs] if isinstance(inputs, str) else inputs:
                 if other not in found:
                     found.add(other)
@@ -144,17 +145,17 @@ def _parameters(place: str, read: Read) -> float | None:
     """Parameters of the trained model; none while an imported base is not there."""
     base = place
     if _stage(place) == "train":
-        init = (read(place, "config.json") or {})["inputs"]["init"]
-        base = (read(init, "config.json") or {})["inputs"]["base"]
+        init = (read(place, CONFIG) or {})["inputs"]["init"]
+        base = (read(init, CONFIG) or {})["inputs"]["base"]
     manifest = _manifest(base, read)
     if manifest is not None and "parameters" in manifest["counts"]:
         return float(manifest["counts"]["parameters"])
-    document = read(base, "config.json") or {}
+    document = read(base, CONFIG) or {}
     settings = document["config"]["base"]
     if settings["kind"] != "pretrain":
         return None
-    packed = read(document["inputs"]["packed"], "config.json") or {}
-    tokenizer = read(packed["inputs"]["tokenizer"], "config.json") or {}
+    packed = read(document["inputs"]["packed"], CONFIG) or {}
+    tokenizer = read(packed["inputs"]["tokenizer"], CONFIG) or {}
     return float(
         training_parameters(
             settings["shape"],
@@ -169,6 +170,6 @@ def _checkpointed_tokens(place: str, training: Mapping[str, Any], read: Read, re
     steps = sorted((results / place / "ckpt").glob("step-*"))
     if not steps:
         return 0
-    packed = (read(place, "config.json") or {})["inputs"]["packed"]
-    rows = (read(packed, "config.json") or {})["config"]["pack"]["row_length"]
+    packed = (read(place, CONFIG) or {})["inputs"]["packed"]
+    rows = (read(packed, CONFIG) or {})["config"]["pack"]["row_length"]
     return int(steps[-1].name.partition("-")[2]) * training["batch_rows"] * rows

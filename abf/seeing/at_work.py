@@ -10,13 +10,12 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import psutil
 
 from abf.cluster import slurm
+from abf.cluster.jobs import by_comment, job_record
 from abf.errors import ClusterError
-from abf.ledger.slurm import comments_of
 from abf.seeing.planned import Planned
 
 FRESH_SECONDS = 600
@@ -58,16 +57,15 @@ def jobs_by_place(planned: Planned, queue: Sequence[slurm.QueuedJob]) -> dict[st
     if not queue:
         return {}
     by_id: dict[str, str] = {}
-    by_comment: dict[str, str] = {}
+    said = by_comment(planned.places)
     for place in planned.places:
-        by_comment |= dict.fromkeys(comments_of(place), place)
         if job_id := job_record(planned.results / place).get("job_id"):
             by_id[job_id] = place
     found = {}
     for job in queue:
         place = by_id.get(job.job_id)
         if place is None and _is_near(job, planned.results):
-            place = by_comment.get(job.comment)
+            place = said.get(job.comment)
         if place is not None:
             found[place] = QueueEntry(job.job_id, job.state, job.reason, job.time_left)
     return found
@@ -77,12 +75,6 @@ def _is_near(job: slurm.QueuedJob, results: Path) -> bool:
     """Whether the job's folder is the one these results belong to."""
     folder = Path(os.path.realpath(job.workdir))
     return folder == Path.cwd() or Path(os.path.realpath(results)).is_relative_to(folder)
-
-
-def job_record(directory: Path) -> dict[str, Any]:
-    """`job.json` of a training that was submitted; empty elsewhere."""
-    path = directory / "job.json"
-    return json.loads(path.read_bytes()) if path.exists() else {}
 
 
 @dataclass(frozen=True)

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from abf.cluster import slurm
-from abf.cluster.history import history
+from abf.cluster.jobs import launch_comment
 from abf.errors import ClusterError
-from abf.ledger.build import ledger_rows
-from abf.ledger.slurm import changed_since, kept_records, ours, slurm_rows
-from abf.seeing.at_work import job_record
+from abf.ledger.budget import Used
+from abf.ledger.build import ledger_rows, with_scheduled
+from abf.ledger.forecast import forecast
+from abf.ledger.slurm import fresh_records, kept_records, slurm_rows, was_scheduled
+from abf.ledger.work import work_done, work_left
 from abf.seeing.planned import Planned
 from abf.site import load_node
 from abf.stages import STAGES
@@ -26,13 +28,6 @@ class Hours:
     def __add__(self, other: Hours) -> Hours:
         return Hours(self.core + other.core, self.node + other.node)
 
-    def less(self, other: Hours) -> Hours:
-        """What is left of it, at least nothing."""
-        return Hours(max(0.0, self.core - other.core), max(0.0, self.node - other.node))
-
-    def __mul__(self, factor: float) -> Hours:
-        return Hours(self.core * factor, self.node * factor)
-
 
 def hours_spent(planned: Planned, trouble: list[str]) -> tuple[dict[str, Hours], int]:
     """Hours of every attempt so far by place, as the ledger counts them; number of attempts.
@@ -40,21 +35,18 @@ def hours_spent(planned: Planned, trouble: list[str]) -> tuple[dict[str, Hours],
     The scheduler is asked for what the kept records lack; unlike the ledger, this keeps nothing.
     """
     results, places = planned.results, planned.places
-    own = [
-        row for place in places for row in ledger_rows(results / place, run=place.partition("/")[2])
-    ]
     records = kept_records(results)
-    was_scheduled = records or any(row["job_id"].isdigit() for row in own)
-    if slurm.available() and (was_scheduled or any(map(job_record, planned.directories))):
+    if was_scheduled(results, places):
         try:
-            for attempt in ours(history(since=changed_since(records.values()))):
-                records[attempt.key] = attempt
+            records = fresh_records(results)
         except ClusterError as error:
             trouble.append(f"node-hours are as of the last ledger: {str(error).splitlines()[0]}")
     billing = load_node().billing
-    scheduled = slurm_rows(list(records.values()), places, results, full_billing=billing)
-    jobs = {row["job_id"] for row in scheduled}
-    rows = [*(row for row in own if row["job_id"] not in jobs), *scheduled]
+    scheduled = slurm_rows(records.values(), places, results, full_billing=billing)
+    own = [
+        row for place in places for row in ledger_rows(results / place, run=place.partition("/")[2])
+    ]
+    rows = with_scheduled(own, scheduled)
     spent: dict[str, Hours] = {}
     for row in rows:
         place = f"{row['rule']}/{row['run']}"
@@ -64,22 +56,34 @@ def hours_spent(planned: Planned, trouble: list[str]) -> tuple[dict[str, Hours],
 
 
 def hours_to_come(
-    states: Mapping[str, str], spent: Mapping[str, Hours]
+    planned: Planned, states: Mapping[str, str], spent: Mapping[str, Hours]
 ) -> tuple[dict[str, Hours], list[str]]:
-    """Hours to come by stage: what a finished directory of the stage cost, failures included."""
+    """Hours to come by stage, and the stages of which something is to do that nothing measured.
+
+    Core-hours are those of the mean finished directory of the stage, failures included, less what
+    one that runs has spent; node-hours are the medians of the forecast (`abf.ledger.forecast`).
+    """
+    todo = [place for place, state in states.items() if state != "done"]
+    billed = {launch_comment(place): (h.node, 0.0) for place, h in spent.items() if h.node}
+    used = Used(at=time.time(), who="own jobs", by_comment=billed)
+    coming = forecast(work_left(todo, used, planned.results), work_done(used, planned.results))
     to_come: dict[str, Hours] = {}
+    for kind in coming.kinds:
+        stage = kind.kind.partition(" ")[0]
+        to_come[stage] = to_come.get(stage, Hours()) + Hours(node=kind.median_node_hours)
+    beyond = {piece.place for piece in coming.unmeasured}
     unmeasured = []
     for stage in STAGES:
         here = {p: s for p, s in states.items() if p.partition("/")[0] == stage}
-        todo = [p for p, s in here.items() if s != "done"]
-        made = [spent[p] for p, s in here.items() if s == "done" and p in spent]
-        if not todo:
-            continue
-        if not made:
+        left = [p for p, s in here.items() if s != "done"]
+        made = [spent[p].core for p, s in here.items() if s == "done" and p in spent]
+        if left and sum(made):
+            mean = sum(made) / len(made)
+            cores = (
+                max(0.0, mean - spent.get(p, Hours()).core) if here[p] == "running" else mean
+                for p in left
+            )
+            to_come[stage] = to_come.get(stage, Hours()) + Hours(core=sum(cores))
+        elif left and (stage not in to_come or beyond.intersection(left)):
             unmeasured.append(stage)
-            continue
-        mean = sum(made, Hours()) * (1 / len(made))
-        running = [p for p in todo if here[p] == "running"]
-        left = [mean.less(spent.get(p, Hours())) for p in running]
-        to_come[stage] = sum(left, mean * (len(todo) - len(running)))
-    return to_come, unmeasured
+    return {stage: to_come[stage] for stage in STAGES if stage in to_come}, unmeasured

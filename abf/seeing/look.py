@@ -15,19 +15,19 @@ from pathlib import Path
 from typing import Any
 
 from abf.cluster import slurm
+from abf.cluster.jobs import RECORD, job_record
 from abf.files import sha256
 from abf.seeing.at_work import (
     QueueEntry,
     driver_line,
-    job_record,
     jobs_by_place,
     live_jobs,
     lock_holder,
 )
 from abf.seeing.hours import Hours, hours_spent, hours_to_come
 from abf.seeing.planned import Planned
-from abf.stage import CONFIG, DONE
-from abf.stages import MANIFEST, STAGES
+from abf.stage import DONE
+from abf.stages import CONFIG, MANIFEST, STAGES
 from abf.track.outcomes import attempt_outcomes
 from abf.track.pace import Pace, read_pace
 
@@ -76,9 +76,9 @@ class Status:
     spent: Hours
     attempts: int
     to_come: Mapping[str, Hours]
-    """Stage -> forecast of what is not done, from the mean of what is."""
+    """Stage -> forecast of what is not done, from what is."""
     unmeasured: Sequence[str]
-    """Stages with work to do and nothing finished to go by."""
+    """Stages of which something is to do that nothing finished is like."""
     failure: Failure | None
     trouble: Sequence[str]
     """What could not be asked."""
@@ -106,12 +106,12 @@ def look(planned: Planned) -> Status:
         if state in ("running", "waiting"):
             work.append(_work(directory, place, state, outcomes, jobs.get(place)))
         elif state == "failed":
-            when = outcomes[-1]["end"] if outcomes else (directory / "job.json").stat().st_mtime
+            when = outcomes[-1]["end"] if outcomes else (directory / RECORD).stat().st_mtime
             failures.append((when, place, reason))
         elif state == "done":
             undeclared += not (directory / MANIFEST).exists()
     spent, attempts = hours_spent(planned, trouble)
-    to_come, unmeasured = hours_to_come(states, spent)
+    to_come, unmeasured = hours_to_come(planned, states, spent)
     newest = max(failures, default=None)
     return Status(
         planned=planned,

@@ -13,13 +13,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from abf.artifacts import PlanDocument, read_plans
 from abf.grid import load_study
 from abf.plan import Plan
-from abf.stages import STAGES
-from abf.study import PlanDocument, read_plan
-
-ENDS = ("ledger", "report", "mlflow")
-"""Stages that a study has one directory of, named after it."""
+from abf.stages import CONFIG, ENDS, STAGES
 
 Document = dict[str, Any]
 """Content of a `config.json`: stage, key, config, inputs, resolved."""
@@ -33,7 +30,7 @@ def slug(key: str) -> str:
 def read_document(directory: Path) -> Document | None:
     """`config.json` of a stage directory; none where there is none that can be read."""
     try:
-        return json.loads((directory / "config.json").read_bytes())
+        return json.loads((directory / CONFIG).read_bytes())
     except (FileNotFoundError, NotADirectoryError, ValueError):
         return None
 
@@ -93,8 +90,7 @@ def read_planned(results: Path, study: Path | None) -> Planned:
         ConfigError: the study is faulty.
     """
     if study is None:
-        plans = sorted((results / "plan").glob("*.json"))
-        return Planned(results, tuple(read_plan(path) for path in plans), None)
+        return Planned(results, tuple(read_plans(results)), None)
     plan = Plan(load_study(study), results)
     documents = {i.place: plan.document(i) for i in plan.instances.values()}
     return Planned(results, (plan.as_document(),), study, documents)

@@ -16,12 +16,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from abf.data.local import matching_files
+from abf.artifacts import damage
 from abf.files import sha256
+from abf.instance import outside_files
 from abf.seeing.differences import changed_inputs, changed_keys
 from abf.seeing.planned import Document, Planned, inputs_of
-from abf.stage import CONFIG, DONE
-from abf.stages import MANIFEST, STAGES
+from abf.stage import DONE
+from abf.stages import CONFIG, MANIFEST, STAGES
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,7 @@ class Rerun:
                 if self._hash(place) not in (None, entry["sha256"]):
                     yield f"input {place} was made again after it was read"
         made = path.stat().st_mtime
-        for file in _outside(document):
+        for file in outside_files(document["stage"], document["config"]):
             if not file.exists():
                 yield f"file {file} from outside is gone"
             elif file.stat().st_mtime > made:
@@ -157,18 +158,7 @@ class Rerun:
         """What is wrong with the payload that a manifest lists; None if nothing is."""
         directory = self.results / place
         path = manifest_path(directory)
-        if path is None:
-            return None
-        for name, entry in json.loads(path.read_bytes())["files"].items():
-            file = directory / name
-            if not file.exists():
-                return f"{file} is missing"
-            status = file.stat()
-            if status.st_size != entry["bytes"]:
-                return f"{file} has {status.st_size} bytes, its manifest says {entry['bytes']}"
-            if status.st_mtime_ns != entry.get("mtime_ns") and sha256(file) != entry["sha256"]:
-                return f"{file} was changed after it was written"
-        return None
+        return None if path is None else damage(directory, json.loads(path.read_bytes()))
 
 
 def manifest_path(directory: Path) -> Path | None:
@@ -192,15 +182,3 @@ def _config_faults(
             yield from changed_inputs(before, document)
             return
     yield "its configuration changed; with which one it was made is not on record"
-
-
-def _outside(document: Document) -> list[Path]:
-    """Files from outside the results folder that a directory is made from."""
-    config = document["config"]
-    if document["stage"] == "fetch" and config["source"]["kind"] == "local":
-        return matching_files(config["source"]["path"])
-    base = config.get("base", {})
-    if document["stage"] == "base" and base["kind"] == "import":
-        checkpoint = base["checkpoint"]
-        return matching_files(checkpoint["path"]) if checkpoint["kind"] == "directory" else []
-    return []

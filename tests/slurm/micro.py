@@ -8,28 +8,14 @@ import sys
 from pathlib import Path
 
 from tests.slurm.box import Box
+from tests.workflow import conftest as workflow
 from tests.workflow.conftest import ROOT
 
-RUN = """
-study: micro
-sources: [{kind: stdlib, pattern: "[a-f]*.py", max_documents: 16}]
-prepare: {heldout_fraction: 0.2}
-tokenizer: {kind: trained, vocab_size: 400}
-pack: {row_length: 64, max_block: 16}
-base:
-  kind: pretrain
-  shape: {d_model: 16, layers: 1, heads: 2, kv_heads: 1, d_ff: 32}
-  train: {objective: {kind: ar}, tokens: 2000, batch_rows: 8, precision: fp32, attention: reference}
-train:
-  tokens: 2560
-  batch_rows: 8
-  precision: fp32
-  attention: reference
-  checkpoint_steps: 2
-  log_steps: 1
-launch: {nodes: 2, ranks_per_node: 4, minutes: 5}
-tasks: {heldout: {kind: likelihood, max_rows: 4, samples: 1}}
-"""
+RUN = (
+    workflow.RUN.replace("batch_rows: 4", "batch_rows: 8").replace("tokens: 5000", "tokens: 2560")
+    + "launch: {nodes: 2, ranks_per_node: 4, minutes: 5}\n"
+)
+"""The workflow tests' study, with a row for each of eight ranks; its training takes 5 steps."""
 LONG = RUN.replace("tokens: 2560", "tokens: 500_000").replace(
     "ranks_per_node: 4", "ranks_per_node: 1"
 )

@@ -90,7 +90,7 @@ def test_a_healthy_site_passes_and_its_limits_are_stored(desk: Desk) -> None:
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ("account: nobodys", "'nobodys' is not one of root's: root may use euhpc_test"),
+        ("account: nobodys", "'nobodys' is not one of root's: root may use euhpc_"),
         ("partition: nosuch", "partition='nosuch' does not exist; there are boost_usr_prod, lrd_a"),
         (
             "serial_partition: gone",

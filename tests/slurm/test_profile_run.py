@@ -23,12 +23,6 @@ from tests.slurm.jobs import show, submit, wait_state
 from tests.slurm.micro import RUN, SITE, Study
 from tests.workflow.conftest import ROOT
 
-STUDY = RUN.replace("tasks: {", "tasks: {go: {kind: continuation, prompts: 2, prompt_tokens: 8, "
-    "new_tokens: 12}, ") + """
-decoders:
-  half: {strategy: {kind: threshold, threshold: 0.5}, extent: {kind: length_head}, precision: fp32}
-report: {generations: 1, bootstrap: 100}
-"""  # fmt: skip
 FAST = ("--slurm-init-seconds-before-status-checks", "3", "--latency-wait", "5")
 """What is longer on Leonardo than a test can wait."""
 
@@ -45,7 +39,7 @@ class Site:
         path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
         self.env = box.env | {"XDG_CONFIG_HOME": str(home), "OMP_NUM_THREADS": "1", "PATH": path}
         self.env.pop("ABF_SITE", None)
-        (folder / "run.yaml").write_text(STUDY)
+        (folder / "run.yaml").write_text(RUN)
         os.symlink(ROOT / "workflow", folder / "workflow")
         done = self.call("abf", "link-profile", "leonardo", "--profiles", str(ROOT / "profiles"),
                          "--config-home", str(home))  # fmt: skip
@@ -182,8 +176,8 @@ def test_a_dead_drivers_job_is_waited_for(site: Site, monkeypatch: pytest.Monkey
     other = submit(site.box, "sleep 60", "--job-name=abf_0000", comment, "--chdir", "/tmp")
     monkeypatch.setenv("SLURM_CONF", site.env["SLURM_CONF"])
     monkeypatch.chdir(site.folder)
-    assert [found.job_id for found in orphans([(stage, key)])] == [job]
-    assert orphans([(stage, "another")]) == []
+    assert [found.job_id for found in orphans([f"{stage}/{key}"])] == [job]
+    assert orphans([f"{stage}/another"]) == []
     done = site.call(*site.snakemake("--until", "fetch"))
     assert done.returncode == 0, done.stdout
     assert f"job {job} (rule_{stage}_wildcards_{key}" in done.stdout
