@@ -35,11 +35,18 @@ from abf.ledger.reserve import allow
 from abf.site import load_site
 from abf.stage import declare
 from abf.track.attempts import read_attempts
+from abf.track.pace import checkpointed_step
 
 FOLDER = ".job"
 """Folder in the stage directory for submitit's script and logs, and for the ranks' meeting."""
 RESUBMIT = frozenset({"NODE_FAIL", "BOOT_FAIL", "TIMEOUT", "PREEMPTED", UNKNOWN})
 """Ends that are nobody's wish and no fault of the training: it goes on from its checkpoint."""
+NO_PROGRESS = (
+    "a whole time limit went by without one more checkpoint, so that another would, too: raise "
+    "launch.minutes, or lower signal_seconds of the site file if the warning comes too early"
+)
+FIRST_RANK_S = 10
+"""How long the other ranks leave it to the first one to queue the job again."""
 SETTLE_LOOKS = 2
 """Looks at the queue before an end that Slurm may still turn into a requeue is believed."""
 
@@ -64,6 +71,7 @@ class TrainJob(submitit.helpers.Checkpointable):
         # Named after this start of the job: an earlier one's meeting place is no longer served.
         place = Path(self.directory) / FOLDER / f"ranks-{job}-{restart}.json"
         os.environ["ABF_RENDEZVOUS"] = str(place)
+        begun_at = checkpointed_step(Path(self.directory))
         # In place of submitit's: outside the loop, too, the signal means "save and queue again".
         signal.signal(signal.SIGUSR2, _time_is_up)
         signal.signal(signal.SIGTERM, _stop)
@@ -76,8 +84,14 @@ class TrainJob(submitit.helpers.Checkpointable):
             print(error, file=sys.stderr, flush=True)
             if not error.requeue:
                 raise
-            if rank == 0:
-                slurm.requeue(job)
+            if rank:
+                # The first rank does it, unless it is in a call that no signal ends.
+                time.sleep(FIRST_RANK_S)
+            if checkpointed_step(Path(self.directory)) == begun_at:
+                # The next time limit would go by like this one.
+                _stuck(Path(self.directory), job).touch()
+                raise
+            slurm.requeue(job)
             # An exit now would be the job's end; the requeue ends every rank.
             time.sleep(slurm.TIMEOUT_S)
             raise
@@ -85,6 +99,11 @@ class TrainJob(submitit.helpers.Checkpointable):
     def checkpoint(self, *args: Any, **kwargs: Any) -> submitit.helpers.DelayedSubmission:
         """What a requeued job runs: the same, since all state is in files."""
         return submitit.helpers.DelayedSubmission(self)
+
+
+def _stuck(directory: Path, job_id: str) -> Path:
+    """File by which a job says that its time limit went by for nothing."""
+    return directory / FOLDER / f"{job_id}.stuck"
 
 
 def _time_is_up(number: int, _frame: Any) -> NoReturn:
@@ -247,6 +266,11 @@ class Launch:
                 f"job {job_id} completed but left no finished manifest in {self.directory}; "
                 f"{self._logs()}"
             )
+        hung = state.state == "TIMEOUT" and checkpointed_step(self.directory) == record.get("step")
+        if hung or _stuck(self.directory, job_id).exists():
+            raise ClusterError(
+                f"job {job_id} ended as {state.state}: {NO_PROGRESS}; {self._logs()}"
+            )
         if state.state in RESUBMIT:
             self._say(f"job {job_id} ended as {state.state} ({state.reason}); submitting again")
             return
@@ -268,7 +292,9 @@ class Launch:
         return f"its log: {newest}" if newest else "it wrote no log"
 
     def _write(self, job_id: str | None, submissions: int) -> None:
-        record = {"job_id": job_id, "name": self.job_name, "submissions": submissions}
+        # Where this job began, to tell whether it got anywhere.
+        step = checkpointed_step(self.directory)
+        record = {"job_id": job_id, "name": self.job_name, "submissions": submissions, "step": step}
         write_job_record(self.directory, record)
 
     def _show(self, state: JobState) -> None:

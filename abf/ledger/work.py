@@ -16,6 +16,7 @@ from abf.artifacts import PlanDocument
 from abf.ledger.budget import Used
 from abf.ledger.forecast import Measurement, Planned, training_parameters
 from abf.stages import CONFIG, ENDS, MANIFEST, STAGES
+from abf.track.pace import checkpointed_step
 
 FREE = frozenset({"fetch", *ENDS})
 """Stages that the driver does itself (profiles/leonardo): they are billed nothing."""
@@ -42,14 +43,14 @@ def work_left(places: Iterable[str], used: Used, results: Path) -> list[Planned]
     read, left = reader(results), []
     for place in dict.fromkeys(places):
         config = read(place, CONFIG)
-        if config is None or not _costs(place, config) or _finished(place, read):
+        if config is None or not _costs(place, config) or finished(place, read):
             continue
         committed = used.of([place])[1]
-        training = _training(place, config)
+        training = training_of(place, config)
         if training is None:
             left.append(Planned(place, _kind(place), committed_node_hours=committed))
             continue
-        size = _parameters(place, read)
+        size = parameters_of(place, read)
         done = _checkpointed_tokens(place, training, read, results)
         tokens = max(training["tokens"] - done, 0)
         work = tokens * (size or 1.0)
@@ -64,13 +65,13 @@ def work_done(used: Used, results: Path) -> list[Measurement]:
     for place in sorted(path.parent.relative_to(results).as_posix() for path in paths):
         config = read(place, CONFIG)
         spent = used.of([place])[0]
-        if config is None or not spent or not _finished(place, read):
+        if config is None or not spent or not finished(place, read):
             continue
-        training = _training(place, config)
+        training = training_of(place, config)
         if training is None:
             done.append(Measurement(_kind(place), spent * 3600))
             continue
-        size, manifest = _parameters(place, read), _manifest(place, read) or {}
+        size, manifest = parameters_of(place, read), manifest_of(place, read) or {}
         tokens = manifest.get("counts", {}).get("tokens", training["tokens"])
         if size:
             kind = _kind(place, training)
@@ -121,33 +122,35 @@ def _costs(place: str, config: Mapping[str, Any]) -> bool:
     return _stage(place) not in FREE and not imported
 
 
-def _manifest(place: str, read: Read) -> dict[str, Any] | None:
+def manifest_of(place: str, read: Read) -> dict[str, Any] | None:
+    """Manifest of a finished directory, declared or not."""
     return read(place, f".done/{MANIFEST}") or read(place, MANIFEST)
 
 
-def _finished(place: str, read: Read) -> bool:
-    manifest = _manifest(place, read)
+def finished(place: str, read: Read) -> bool:
+    """Whether a directory is finished, by the present version of its stage."""
+    manifest = manifest_of(place, read)
     return manifest is not None and manifest["stage_version"] == STAGES[_stage(place)].version
 
 
-def _training(place: str, config: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Its TrainConfig, if the directory is one of a training."""
+def training_of(place: str, config: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Its TrainConfig, if the directory is one of a training; an imported base is none."""
     settings = config["config"]
     match _stage(place):
         case "base":
-            return settings["base"]["train"]
+            return settings["base"].get("train")
         case "train":
             return settings["train"]
     return None
 
 
-def _parameters(place: str, read: Read) -> float | None:
+def parameters_of(place: str, read: Read) -> float | None:
     """Parameters of the trained model; none while an imported base is not there."""
     base = place
     if _stage(place) == "train":
         init = (read(place, CONFIG) or {})["inputs"]["init"]
         base = (read(init, CONFIG) or {})["inputs"]["base"]
-    manifest = _manifest(base, read)
+    manifest = manifest_of(base, read)
     if manifest is not None and "parameters" in manifest["counts"]:
         return float(manifest["counts"]["parameters"])
     document = read(base, CONFIG) or {}
@@ -167,9 +170,6 @@ def _parameters(place: str, read: Read) -> float | None:
 
 def _checkpointed_tokens(place: str, training: Mapping[str, Any], read: Read, results: Path) -> int:
     """Clean tokens that the newest checkpoint has seen."""
-    steps = sorted((results / place / "ckpt").glob("step-*"))
-    if not steps:
-        return 0
     packed = (read(place, CONFIG) or {})["inputs"]["packed"]
     rows = (read(packed, CONFIG) or {})["config"]["pack"]["row_length"]
-    return int(steps[-1].name.partition("-")[2]) * training["batch_rows"] * rows
+    return checkpointed_step(results / place) * training["batch_rows"] * rows

@@ -26,6 +26,12 @@ class Pace:
     """Since the last record."""
 
 
+def checkpointed_step(directory: Path) -> int:
+    """Step of the newest checkpoint below a training's directory, by its name; 0 before any."""
+    names = [path.name for path in (directory / "ckpt").glob("step-*")]
+    return max((int(name.partition("-")[2]) for name in names), default=0)
+
+
 def read_pace(path: Path, *, now: float | None = None) -> Pace | None:
     """What a journal says of its training; None before it has begun.
 

@@ -30,7 +30,8 @@ PACKAGES = Path(__file__).parents[2] / "envs" / "slurm-packages.txt"
 NODES = ("lrdn0001", "lrdn0002", "lrdn0003", "lrdn0004", "serial01")
 SYSTEM_TABLES = Path("/usr/share/mysql")
 SYSTEM_SQL = ("mysql_system_tables.sql", "mysql_system_tables_data.sql")
-FOLDERS = ("etc", "log", "run", "state", "spool", "dev", "mysql")
+FOLDERS = ("etc", "log", "run", "state", "spool", "dev", "mysql", "small")
+SMALL_BYTES = 32 << 20
 DEFAULT_ROOT = Path(tempfile.gettempdir()) / "abf-slurm-box"
 
 
@@ -85,6 +86,7 @@ class Box:
             raise BoxError(f"{self.root}: too long for the name of a Unix socket; take another")
         try:
             self._write_files()
+            self._mount_small()
             self._start_munged()
             self._start_mariadbd()
             self.start_accounting()
@@ -136,6 +138,11 @@ class Box:
         self._start_node(name)
         self._wait_idle(name)
 
+    @property
+    def small(self) -> Path:
+        """A file system that is soon full, seen by tests and jobs alike."""
+        return self.root / "small"
+
     def restart_controller(self) -> None:
         """Stop slurmctld and start it again from its saved state."""
         stop(self.root, {"slurmctld"})
@@ -166,6 +173,12 @@ class Box:
             device = self.root / "dev" / f"nvidia{index}"
             if not device.exists():
                 os.mknod(device, stat.S_IFCHR | 0o666, os.makedev(1, 3))
+
+    def _mount_small(self) -> None:
+        # Before the daemons, which have mounts of their own: jobs have to see it.
+        if not os.path.ismount(self.small):
+            command = ["mount", "-t", "tmpfs", "-o", f"size={SMALL_BYTES}", "abf-small", self.small]
+            subprocess.run(command, check=True)
 
     def _start_munged(self) -> None:
         key, run = self.root / "etc" / "munge.key", self.root / "run" / "munge"
@@ -260,6 +273,8 @@ def _free_ports() -> dict[str, int]:
 def remove(root: Path) -> None:
     """Kill every process of a box and delete what it wrote; other files in the folder stay."""
     stop(root.absolute(), grace=0)
+    if os.path.ismount(root / "small"):
+        subprocess.run(["umount", "--lazy", root / "small"], check=True)
     for name in FOLDERS:
         shutil.rmtree(root / name, ignore_errors=not (root / name).exists())
     with contextlib.suppress(OSError):  # not empty: something here is not ours

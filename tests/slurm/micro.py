@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -40,8 +41,11 @@ class Study:
     def plan(self, run: str) -> Path:
         """Plan this run file; the training's directory."""
         (self.folder / "run.yaml").write_text(run)
+        return self._plan("run.yaml")[0]
+
+    def _plan(self, study: str) -> list[Path]:
         done = subprocess.run(
-            [*self.abf, "plan", "run.yaml"],
+            [*self.abf, "plan", study],
             cwd=self.folder,
             env=self.env,
             capture_output=True,
@@ -49,7 +53,12 @@ class Study:
         )
         assert done.returncode == 0, done.stderr
         plan = json.loads((self.folder / "results/plan/micro.json").read_text())
-        return self.folder / "results" / plan["cells"][0]["train"]
+        return [self.folder / "results" / cell["train"] for cell in plan["cells"]]
+
+    def plan_grid(self, run: str, grid: str) -> list[Path]:
+        """Plan a grid on this run file; its cells' trainings."""
+        self.plan(run)
+        return self._plan(grid)
 
     def command(self, directory: Path) -> list[str]:
         return [*self.abf, "train", str(directory.relative_to(self.folder)), "--submit"]
@@ -84,3 +93,9 @@ def prepare(folder: Path, box: Box) -> Study:
     )  # fmt: skip
     assert done.returncode == 0, done.stdout
     return study
+
+
+def copied(study: Study, folder: Path) -> Study:
+    """A copy of one's own, times of files included."""
+    shutil.copytree(study.folder, folder, copy_function=shutil.copy2)
+    return Study(folder, study.box)

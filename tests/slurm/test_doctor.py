@@ -13,7 +13,7 @@ import pytest
 from tests.slurm.box import Box
 from tests.slurm.daemons import wait_for
 from tests.slurm.jobs import attempts, submit, wait_attempts
-from tests.slurm.test_launch import RUN, SITE
+from tests.slurm.micro import RUN, SITE
 
 ALLOCATION = "allocation: {node_hours: 90000, start: 2000-01-01, end: 2100-12-31}\n"
 QOS = "boost_qos_bprod, boost_qos_dbg, boost_qos_lprod, normal, preemptible"

@@ -3,80 +3,17 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
-import signal
-from collections.abc import Callable
+import time
 from pathlib import Path
 
 import pytest
 
-from abf.artifacts import METRICS, read_manifest, read_table
-from abf.track.attempts import read_attempts
+from abf.artifacts import read_manifest
 from tests.slurm.daemons import wait_for
 from tests.slurm.jobs import attempts, show, wait_attempts, wait_state
 from tests.slurm.micro import LONG, RUN, SITE, Study
-
-
-@pytest.fixture
-def study(prepared: Study, tmp_path: Path) -> Study:
-    """A copy of one's own."""
-    shutil.copytree(prepared.folder, tmp_path / "study", copy_function=shutil.copy2)
-    return Study(tmp_path / "study", prepared.box)
-
-
-@pytest.fixture(scope="session")
-def uninterrupted(prepared: Study, tmp_path_factory: pytest.TempPathFactory) -> dict[tuple, float]:
-    """The long training's curve when nothing happens to it."""
-    folder = tmp_path_factory.mktemp("whole") / "study"
-    shutil.copytree(prepared.folder, folder, copy_function=shutil.copy2)
-    study = Study(folder, prepared.box)
-    directory = study.plan(LONG)
-    done = study.run(directory)
-    assert done.returncode == 0, done.stdout
-    return curve(directory)
-
-
-def curve(directory: Path) -> dict[tuple, float]:
-    """Every metric of every step, but those of the clock."""
-    rows = read_table(directory / "metrics.parquet", METRICS).to_pylist()
-    return {
-        (row["step"], row["name"]): row["value"]
-        for row in rows
-        if not row["name"].endswith(("_per_s", "seconds"))
-    }
-
-
-def job_id(directory: Path) -> str | None:
-    path = directory / "job.json"
-    return json.loads(path.read_text())["job_id"] if path.exists() else None
-
-
-def at_work(directory: Path) -> str:
-    """Wait until the job has written a checkpoint; its id."""
-    wait_for("a checkpoint", lambda: list(directory.glob("ckpt/step-*")), seconds=90, every=0.1)
-    found = job_id(directory)
-    assert found is not None
-    return found
-
-
-def submitted(directory: Path) -> str:
-    """Wait until the job has an id."""
-    wait_for("an id", lambda: job_id(directory) is not None, seconds=30, every=0.05)
-    return str(job_id(directory))
-
-
-def left_alone(study: Study, directory: Path, when: Callable[[Path], str]) -> str:
-    """Kill the waiting process at that moment; the id of the job it leaves."""
-    waiting = study.start(directory)
-    job = when(directory)
-    os.killpg(waiting.pid, signal.SIGKILL)
-    waiting.communicate()
-    return job
-
-
-def states(directory: Path) -> list[str]:
-    return [a["state"] for a in read_attempts(directory) if a["state"] != "RUNNING"]
+from tests.slurm.reliability import Report, recovered
+from tests.slurm.training import at_work, curve, job_id, left_alone, submitted
 
 
 def test_two_nodes_eight_ranks(study: Study) -> None:
@@ -94,25 +31,8 @@ def test_two_nodes_eight_ranks(study: Study) -> None:
     assert "submitted" not in again.stdout
 
 
-def test_the_warning_before_the_time_limit_requeues_and_nothing_is_lost(
-    study: Study, uninterrupted: dict[tuple, float]
-) -> None:
-    directory = study.plan(LONG)
-    waiting = study.start(directory)
-    job = at_work(directory)
-    # What Slurm sends `signal_seconds` before the end.
-    study.box.run("scancel", "--signal=USR2", job)
-    output, _ = waiting.communicate(timeout=120)
-    assert waiting.returncode == 0, output
-    assert job_id(directory) == job
-    rows = wait_attempts(study.box, job, "REQUEUED", "COMPLETED")
-    assert len(rows) == 2
-    assert states(directory) == ["INTERRUPTED", "COMPLETED"]
-    assert curve(directory) == uninterrupted
-
-
 def test_a_killed_waiter_leaves_the_job_and_the_next_one_attaches(
-    study: Study, uninterrupted: dict[tuple, float]
+    study: Study, uninterrupted: dict[tuple, float], report: Report
 ) -> None:
     directory = study.plan(LONG)
     job = left_alone(study, directory, at_work)
@@ -120,6 +40,7 @@ def test_a_killed_waiter_leaves_the_job_and_the_next_one_attaches(
     assert done.returncode == 0, done.stdout
     assert f"attached to job {job}" in done.stdout
     assert "submitted as" not in done.stdout
+    report("the waiting rule killed", "the job went on; the next one attached to it", 0.0)
     assert [row["State"] for row in wait_attempts(study.box, job, "COMPLETED")] == ["COMPLETED"]
     assert curve(directory) == uninterrupted
 
@@ -147,7 +68,7 @@ def test_what_finished_unseen_is_only_declared(study: Study) -> None:
 
 
 def test_scancel_by_hand_stops_and_the_same_command_goes_on(
-    study: Study, uninterrupted: dict[tuple, float]
+    study: Study, uninterrupted: dict[tuple, float], report: Report
 ) -> None:
     directory = study.plan(LONG)
     waiting = study.start(directory)
@@ -157,36 +78,45 @@ def test_scancel_by_hand_stops_and_the_same_command_goes_on(
     assert waiting.returncode == 8, output
     assert f"job {job} ended as CANCELLED: somebody cancelled it" in output
     assert len(attempts(study.box, job)) == 1
+    began = time.time()
     done = study.run(directory)
     assert done.returncode == 0, done.stdout
+    report("`scancel` by hand", "stopped and said so; the same command went on",
+           recovered(directory, began))  # fmt: skip
     assert job_id(directory) != job
     assert curve(directory) == uninterrupted
 
 
 def test_a_dead_node_costs_one_checkpoint_interval(
-    study: Study, uninterrupted: dict[tuple, float]
+    study: Study, uninterrupted: dict[tuple, float], report: Report
 ) -> None:
     directory = study.plan(LONG)
     waiting = study.start(directory)
     job = at_work(directory)
     node = show(study.box, job)["BatchHost"]
+    began = time.time()
     study.box.kill_node(node)
     try:
         wait_state(study.box, job, "NODE_FAIL", "PENDING", "COMPLETING", seconds=90)
     finally:
         study.box.start_node(node)
+    report("a node dies during a two-node training", "queued again by Slurm once it noticed",
+           recovered(directory, began), "the steps since the last checkpoint")  # fmt: skip
     output, _ = waiting.communicate(timeout=180)
     assert waiting.returncode == 0, output
     assert curve(directory) == uninterrupted
 
 
-def test_an_id_nobody_knows_is_waited_for_only_so_long(study: Study) -> None:
+def test_an_id_nobody_knows_is_waited_for_only_so_long(study: Study, report: Report) -> None:
     directory = study.plan(RUN)
     (directory / "job.json").write_text(
         json.dumps({"job_id": "999999", "name": "gone", "submissions": 1})
     )
+    began = time.time()
     done = study.run(directory)
     assert done.returncode == 0, done.stdout
+    report("the scheduler has forgotten the id", "waited 5 s (site file), submitted once more",
+           recovered(directory, began))  # fmt: skip
     assert "job 999999 ended as UNKNOWN" in done.stdout
     assert "submitted as job" in done.stdout
 

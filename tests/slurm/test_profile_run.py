@@ -9,7 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -21,6 +21,7 @@ from tests.slurm.box import Box
 from tests.slurm.daemons import wait_for
 from tests.slurm.jobs import show, submit, wait_state
 from tests.slurm.micro import RUN, SITE, Study
+from tests.slurm.reliability import Report
 from tests.workflow.conftest import ROOT
 
 FAST = ("--slurm-init-seconds-before-status-checks", "3", "--latency-wait", "5")
@@ -148,18 +149,21 @@ def test_the_users_command_runs_the_study_and_the_books_are_the_schedulers(site:
     assert len(site.jobs()) == len(jobs)
 
 
-def test_a_driver_killed_during_training_submits_nothing_twice(begun: Site) -> None:
-    process = begun.start(*begun.snakemake())
-    (begun.folder / "results").mkdir(exist_ok=True)
+def test_a_driver_killed_in_training_and_in_a_short_job_submits_nothing_twice(
+    begun: Site, report: Report
+) -> None:
+    def submitted(comment: str) -> Callable[[], bool]:
+        return lambda: any(row["Comment"].startswith(comment) for row in begun.jobs())
 
-    def training() -> bool:
-        return any(row["Comment"].startswith("abf train") for row in begun.jobs())
-
-    wait_for("a training", training, seconds=240, every=0.5)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.communicate()
+    for comment in ("abf train", "rule_decode"):
+        process = begun.start(*begun.snakemake())
+        wait_for(comment, submitted(comment), seconds=240, every=0.5)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
     done = begun.call(*begun.snakemake())
     assert done.returncode == 0, done.stdout[-5000:]
+    report("the driver killed in a training", "the job went on; the next driver attached", 0.0)
+    report("the driver killed in a short job", "the next driver waited for it, then went on", 0.0)
     comments = [row["Comment"] for row in begun.jobs()]
     assert len(comments) == len(set(comments)), comments
     read_manifest(begun.folder / "results" / begun.plan()["cells"][0]["score"])

@@ -2,24 +2,13 @@
 
 from __future__ import annotations
 
-import shutil
 import subprocess
 import sys
-from pathlib import Path
-
-import pytest
 
 from tests.slurm.daemons import wait_for
 from tests.slurm.jobs import submit, wait_attempts, wait_state
 from tests.slurm.micro import LONG, Study
-from tests.slurm.test_launch import at_work, job_id
-
-
-@pytest.fixture
-def study(prepared: Study, tmp_path: Path) -> Study:
-    """A copy of one's own."""
-    shutil.copytree(prepared.folder, tmp_path / "study", copy_function=shutil.copy2)
-    return Study(tmp_path / "study", prepared.box)
+from tests.slurm.training import at_work, job_id
 
 
 def abf(study: Study, *arguments: str) -> str:
