@@ -30,6 +30,7 @@ from abf.ledger.budget import (
 )
 from abf.ledger.forecast import INTERVAL, Forecast, forecast
 from abf.ledger.reserve import open_reservations
+from abf.ledger.storage import measure_storage, storage_lines
 from abf.ledger.work import calibration_cells, work_done, work_left
 from abf.plan import Plan
 from abf.site import load_site
@@ -210,7 +211,9 @@ def _page(books: Books, study: str | None) -> list[str]:
             f"  {'left':<10}{left:>14,.2f} node-hours  of {limit.cap_node_hours:,.2f}, "
             f"{limit.name}, after the forecast's upper end"
         )
-    return [*lines, *_month_lines(books), *_tables(books), *_saldo_lines(books)]
+    lines += _month_lines(books) + _tables(books) + _saldo_lines(books)
+    places = [place for plan in books.wanted for place in plan["stages"]]
+    return lines + storage_lines(measure_storage(places, books.results, site.storage))
 
 
 def _forecast_lines(books: Books, study: str | None) -> list[str]:

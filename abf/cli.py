@@ -75,6 +75,21 @@ Counts every attempt of every user of the account since the allocation began, ru
 jobs to their time limits, and a forecast from what finished directories have cost. With a study,
 its plan is written and refused (exit code 9) when it does not fit."""
 
+KEEP = """\
+Copy finished directories to the project area, where nothing is purged, or restore them from there.
+
+Copies what a plan names and is finished to STORAGE.WORK/abf-results/NAME (site file), each file
+held against its manifest; what is there already is left alone, what was killed goes on. Every
+driver does this by itself, and restores what is missing before it begins."""
+GC = """\
+List what may be deleted, why, and how much it is; delete it with --yes.
+
+Policy. At once: checkpoints of finished trainings, and what dead attempts, copies and deletions
+left. After storage.keep_days of the site file (default 60) without a writing: directories that no
+plan names, and their kept copies. Never: what is at work, what a plan names and is unfinished, and
+the records of attempts and jobs. To give a study up, delete its plan/STUDY.json here and in the
+copies."""
+
 
 def _stop(number: int, _frame: Any) -> NoReturn:
     raise Interrupted(f"stopped by {signal.Signals(number).name}; nothing half-written was kept")
@@ -156,6 +171,14 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("study", type=Path, nargs="?", help="grid or run YAML (default: all planned)")
     sub.add_argument("--results", type=Path, default=Path("results"), help="default: results")
     sub.add_argument("--plot", type=Path, metavar="FILE.svg", help="write the burn-down as SVG")
+    sub = command("keep", KEEP, "abf keep", "abf keep config/grids/demo.yaml --restore")
+    sub.add_argument("study", type=Path, nargs="?", help="grid or run YAML (default: all planned)")
+    sub.add_argument("--results", type=Path, default=Path("results"), help="default: results")
+    sub.add_argument("--restore", action="store_true", help="bring back what is missing")
+    sub = command("gc", GC, "abf gc", "abf gc config/grids/demo.yaml --yes")
+    sub.add_argument("study", type=Path, nargs="?", help="its directories only (default: all)")
+    sub.add_argument("--results", type=Path, default=Path("results"), help="default: results")
+    sub.add_argument("--yes", action="store_true", help="delete what is listed")
     return parser
 
 
@@ -222,6 +245,14 @@ def _run(arguments: argparse.Namespace) -> int:
         from abf.why import show_why
 
         show_why(arguments.target, arguments.results, arguments.study)
+    elif command == "keep":
+        from abf.keep import keep
+
+        keep(arguments.results, arguments.study, back=arguments.restore)
+    elif command == "gc":
+        from abf.gc import collect
+
+        collect(arguments.results, arguments.study, yes=arguments.yes)
     elif command == "doctor":
         from abf.doctor import doctor
 

@@ -167,6 +167,7 @@ def base(job: Job, run: StageRun) -> dict[str, Any]:
     from abf.data.loader import PackedRows
     from abf.model.huggingface import save_hf
     from abf.model.store import new_model
+    from abf.track.system import system_samples
     from abf.train.loop import train
 
     rows = job.input("packed") / "packed" / "train.arrow"
@@ -179,15 +180,16 @@ def base(job: Job, run: StageRun) -> dict[str, Any]:
         max_positions=packed.row_length,
         seed=cfg.seed,
     )
-    result = train(
-        cfg.train,
-        # Arms have seeds below this: none of them begins with the rows that its base began with.
-        seed=cfg.seed + SEEDS,
-        model=model,
-        packed=rows,
-        run_dir=run.directory,
-        label=f"base {job.directory.name}",
-    )
+    with system_samples(run.directory):
+        result = train(
+            cfg.train,
+            # Arms have seeds below this: none of them begins with the rows its base began with.
+            seed=cfg.seed + SEEDS,
+            model=model,
+            packed=rows,
+            run_dir=run.directory,
+            label=f"base {job.directory.name}",
+        )
     if not result.first:
         return {}
     save_hf(result.model, run.staging / "base")
@@ -214,17 +216,19 @@ def train(job: Job, run: StageRun) -> dict[str, Any]:
     from abf.artifacts import METRICS, write_table
     from abf.model.store import load_model, save_model
     from abf.track.journal import metrics_table
+    from abf.track.system import system_samples
     from abf.train.config import TrainConfig
     from abf.train.loop import train
 
-    result = train(
-        job.setting("train", TrainConfig),
-        seed=job.setting("seed"),
-        model=load_model(job.input("init") / "init"),
-        packed=job.input("packed") / "packed" / "train.arrow",
-        run_dir=run.directory,
-        label=f"train {job.directory.name}",
-    )
+    with system_samples(run.directory):
+        result = train(
+            job.setting("train", TrainConfig),
+            seed=job.setting("seed"),
+            model=load_model(job.input("init") / "init"),
+            packed=job.input("packed") / "packed" / "train.arrow",
+            run_dir=run.directory,
+            label=f"train {job.directory.name}",
+        )
     if not result.first:
         return {}
     save_model(result.model, run.staging / "model")
@@ -305,10 +309,12 @@ def report(job: Job, run: StageRun) -> dict[str, Any]:
 
 def mlflow(job: Job, run: StageRun) -> dict[str, Any]:
     """Fill the MLflow store from the files of the study (idempotent)."""
+    from abf.artifacts import LEDGER, read_table
     from abf.files import write_json
     from abf.study import ingest_study
 
-    counts = ingest_study(_plan_of(job), job.results)
+    rows = read_table(job.input("ledger") / "ledger.parquet", LEDGER).to_pylist()
+    counts = ingest_study(_plan_of(job), job.results, rows)
     write_json(run.staging / "ingested.json", counts)
     return counts
 

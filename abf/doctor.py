@@ -15,6 +15,7 @@ from datetime import date
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from abf.artifacts import read_plans
 from abf.cluster import checks, funds, slurm
 from abf.cluster.checks import Finding, Level, fail, ok, warn
 from abf.cluster.config import LaunchConfig, SiteConfig
@@ -26,6 +27,7 @@ from abf.config import read_yaml
 from abf.errors import AbfError, ArtifactError, ClusterError, ConfigError, os_fault
 from abf.grid import load_study
 from abf.instance import Instance, origin
+from abf.ledger.storage import judge, measure_storage
 from abf.plan import Plan
 from abf.site import load_site, site_path
 from abf.stages import MANIFEST
@@ -75,8 +77,21 @@ def examine(results: Path, study: Path | None, profile: str, *, job: bool) -> It
         return
     yield ok("site", f"{site_path()}: account {site.account}, {site.partition}, {site.qos}")
     yield from disks(results, site.storage)
+    yield from sizes(results, site, plan)
     yield funds.allocation(site, date.today())
     yield from cluster(site, results, plan, profile, job=job)
+
+
+def sizes(results: Path, site: SiteConfig, plan: Plan | None) -> Iterator[Finding]:
+    """Whether what is to come fits on the disks, for the study or for all that is planned."""
+    if plan is None:
+        documents = {}
+        places = [place for found in read_plans(results) for place in found["stages"]]
+    else:  # it need not be written yet
+        documents = {i.place: plan.document(i) for i in plan.instances.values()}
+        places = plan.as_document()["stages"]
+    if places:
+        yield from judge(measure_storage(places, results, site.storage, documents=documents))
 
 
 # --- the scheduler -----------------------------------------------------------------------------

@@ -39,6 +39,12 @@ class Instance:
         return tuple(outside_files(self.stage, self.config))
 
     @property
+    def direct(self) -> list[Instance]:
+        """What it reads."""
+        lists = (found if isinstance(found, list) else [found] for found in self.inputs.values())
+        return [instance for found in lists for instance in found]
+
+    @property
     def place(self) -> str:
         """Where it lives, relative to the results folder."""
         return f"{self.stage}/{self.key}"

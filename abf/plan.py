@@ -7,7 +7,7 @@ learning rate never re-tokenizes, and a changed cell never overwrites a finished
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -54,7 +54,8 @@ class Plan:
         everything: Inputs = {"ledger": self.ledger}
         report = which | {"report": _dump(study.cells[0].config.report)}
         self.report = self._add("report", study.name, report, everything, keyed=False)
-        self.mlflow = self._add("mlflow", study.name, which, {"report": self.report}, keyed=False)
+        shown: Inputs = {"report": self.report, "ledger": self.ledger}
+        self.mlflow = self._add("mlflow", study.name, which, shown, keyed=False)
 
     def _add(
         self,
@@ -272,7 +273,7 @@ class Plan:
 
         def inputs_of_stage(wildcards: Any) -> list[str]:
             instance = self.find(stage, wildcards.key)
-            direct = list(_flat(instance.inputs))
+            direct = instance.direct
             implied = {above for i in direct for above in self._ancestors(i)}
             waits = [self._manifest(i) for i in direct if (i.stage, i.key) not in implied]
             outside = map(str, instance.files)
@@ -285,7 +286,7 @@ class Plan:
         known = self._above.get(instance.place)
         if known is None:
             found: set[tuple[str, str]] = set()
-            for i in _flat(instance.inputs):
+            for i in instance.direct:
                 found |= self._ancestors(i) | {(i.stage, i.key)}
             known = self._above[instance.place] = frozenset(found)
         return known
@@ -315,11 +316,6 @@ class Plan:
 
 def _dump(config: ConfigModel) -> dict[str, Any]:
     return config.model_dump(mode="json")
-
-
-def _flat(inputs: Inputs) -> Iterator[Instance]:
-    for found in inputs.values():
-        yield from found if isinstance(found, list) else [found]
 
 
 def _one(instance: Instance, name: str) -> Instance:

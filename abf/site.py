@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
-from abf.cluster.config import NodeConfig, SiteConfig
+from abf.cluster.config import NodeConfig, SiteConfig, StorageConfig
 from abf.config import read_yaml, validate
 from abf.errors import ConfigError
 
@@ -23,6 +23,12 @@ def load_node(environment: Mapping[str, str] = os.environ) -> NodeConfig:
     """What a full node is; Leonardo's where there is no site file (reading another's results)."""
     known = site_path(environment).exists() or environment.get("ABF_ACCOUNT")
     return load_site(environment).node if known else NodeConfig()
+
+
+def load_storage(environment: Mapping[str, str] = os.environ) -> StorageConfig:
+    """Where files live; nothing is known of that where there is no site file."""
+    known = site_path(environment).exists() or environment.get("ABF_ACCOUNT")
+    return load_site(environment).storage if known else StorageConfig()
 
 
 def load_site(environment: Mapping[str, str] = os.environ) -> SiteConfig:

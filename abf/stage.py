@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import platform
@@ -67,8 +68,15 @@ def versions() -> dict[str, str]:
 Inputs = Mapping[str, Path | Sequence[Path]]
 
 
+def content_hash(manifest: Mapping[str, Any]) -> str:
+    """Of what was made, not of when: work that was lost and made again alike is the same."""
+    made = [manifest[name] for name in ("stage", "stage_version", "config")]
+    text = json.dumps([*made, _contents(manifest["files"])], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
 def hash_inputs(inputs: Inputs) -> dict[str, list[dict[str, str]]]:
-    """Path and manifest hash of every input, by name.
+    """Path, manifest hash and content hash of every input, by name.
 
     Raises:
         ArtifactError: one is unfinished or damaged.
@@ -76,12 +84,28 @@ def hash_inputs(inputs: Inputs) -> dict[str, list[dict[str, str]]]:
     hashes: dict[str, list[dict[str, str]]] = {}
     for label, paths in inputs.items():
         for path in [paths] if isinstance(paths, Path) else paths:
-            read_manifest(path)
+            content = content_hash(read_manifest(path))
             manifest = stage_dir(path) / MANIFEST
             hashes.setdefault(label, []).append(
-                {"path": os.path.relpath(manifest.parent), "sha256": sha256(manifest)}
+                {
+                    "path": os.path.relpath(manifest.parent),
+                    "sha256": sha256(manifest),
+                    "content": content,
+                }
             )
     return hashes
+
+
+def _same_inputs(before: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
+    """Whether two answers of `hash_inputs` tell of the same content, in the same order."""
+
+    def same(one: Mapping[str, str], other: Mapping[str, str]) -> bool:
+        return one["sha256"] == other["sha256"] or one.get("content") == other["content"]
+
+    return len(before) == len(now) and all(
+        len(one) == len(other) and all(map(same, one, other))
+        for one, other in zip(before.values(), now.values(), strict=True)
+    )
 
 
 def is_finished(name: str, directory: Path, *, inputs: Inputs, config: Path | None) -> bool:
@@ -90,12 +114,10 @@ def is_finished(name: str, directory: Path, *, inputs: Inputs, config: Path | No
     if not spec.pure or not done.exists():
         return False
     manifest = json.loads(done.read_text(encoding="utf-8"))
-    hashes = [[entry["sha256"] for entry in found] for found in hash_inputs(inputs).values()]
-    before = [[entry["sha256"] for entry in found] for found in manifest["inputs"].values()]
     return (
         manifest["stage_version"] == spec.version
         and manifest["config"] == (None if config is None else sha256(config))
-        and before == hashes
+        and _same_inputs(manifest["inputs"], hash_inputs(inputs))
         and all((directory / part).exists() for part in spec.payload)
         and _contents(manifest["files"]) == _contents(file_entries(directory, spec.payload))
     )

@@ -12,7 +12,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +20,18 @@ from abf.artifacts import PlanDocument, read_manifest, read_plans
 from abf.errors import ConfigError
 from abf.files import sha256
 from abf.grid import load_study
+from abf.ledger.slurm import rows_so_far
 from abf.plan import Plan
 from abf.report.config import ReportConfig
 from abf.report.inputs import ReportCell, ReportPlan, SourceNote
+from abf.site import load_node
 from abf.stage import git_sha
 from abf.stages import CONFIG, MANIFEST
 from abf.track.mlflow_records import Cell, DatasetRef, IngestPlan
-from abf.track.mlflow_store import ingest, runs_page
+from abf.track.mlflow_store import ingest
+from abf.track.mlflow_view import CELLS, GRIDS, runs_page
 from abf.track.outcomes import attempt_outcomes
+from abf.track.system import SYSTEM
 
 
 def flatten(value: Any, prefix: str = "") -> dict[str, str]:
@@ -81,7 +85,7 @@ def _cell(cell: Mapping[str, Any], results: Path) -> Cell:
             "seed": str(cell["seed"]),
         },
         stage_dirs=stage_dirs,
-        journals=[train / "journal.jsonl"] if (train / "journal.jsonl").exists() else [],
+        journals=[*train.glob("journal.jsonl"), *sorted(train.glob(f"{SYSTEM}*.jsonl"))],
         artifacts=artifacts,
         datasets=datasets,
     )
@@ -103,13 +107,19 @@ def _own_store(folder: Path) -> str:
     return f"sqlite:///{(folder / 'mlflow.db').absolute()}"
 
 
-def ingest_study(plan: PlanDocument, results: Path) -> dict[str, Any]:
-    """Bring MLflow up to date with what the study has on disk, finished or not."""
+def ingest_study(
+    plan: PlanDocument, results: Path, rows: Sequence[Mapping[str, Any]]
+) -> dict[str, Any]:
+    """Bring MLflow up to date with what the study has on disk, finished or not.
+
+    Args:
+        rows: the study's ledger (schema LEDGER), or as much of it as there is.
+    """
     folder = results / "mlflow"
     uri = os.environ.get("MLFLOW_TRACKING_URI") or _own_store(folder)
     cells = [_cell(cell, results) for cell in plan["cells"]]
     figures = sorted((results / "report" / plan["study"] / "figures").glob("*.svg"))
-    grid = IngestPlan(plan["study"], Path(plan["grid"]).stem, cells, figures)
+    grid = IngestPlan(plan["study"], Path(plan["grid"]).stem, cells, results, rows, figures)
     return ingest(grid, tracking_uri=uri, artifact_root=folder / "artifacts")
 
 
@@ -181,9 +191,14 @@ def serve_ui(results: Path, port: int) -> None:
         raise ConfigError(f"{results} holds no study yet; run `make demo` first")
     pages = {}
     for plan in plans:
-        counts = ingest_study(plan, results)
+        trouble: list[str] = []
+        rows = rows_so_far(results, plan["stages"], node=load_node(), trouble=trouble)
+        for text in trouble:
+            print(text, file=sys.stderr, flush=True)
+        counts = ingest_study(plan, results, rows)
         print(f"ingest {plan['study']}: {counts}", flush=True)
-        pages[plan["study"]] = runs_page(counts["experiment"])
+        for view, name in ((CELLS, "cells"), (GRIDS, "grids")):
+            pages[f"study {plan['study']}, {name}"] = runs_page(counts["experiment"], view)
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -199,10 +214,15 @@ def serve_ui(results: Path, port: int) -> None:
         *(sys.executable, "-m", "mlflow", "ui", "--host", "127.0.0.1", "--port", str(port)),
         *("--workers", "1", "--backend-store-uri", f"sqlite:///{folder / 'mlflow.db'}"),
     ]
-    # The job runner is a third process of 240 MB that nothing here uses.
-    environment = os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
-    for study, page in pages.items():
-        print(f"MLflow UI, study {study}: http://127.0.0.1:{port}{page}", flush=True)
+    environment = os.environ | {
+        # A third process of 240 MB that nothing here uses.
+        "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
+        # MLflow's assistant runs shell commands for whoever reaches the port, and on a login node
+        # that is every user of it: only in a container, where there is Docker.
+        "MLFLOW_ENABLE_ASSISTANT_SANDBOX": "true",
+    }
+    for what, page in pages.items():
+        print(f"MLflow UI, {what}: http://127.0.0.1:{port}{page}", flush=True)
     print("Ctrl-C ends it", flush=True)
     server = subprocess.Popen(command, env=environment)
     # TERM must end the server too, or it would outlive us and keep the port.

@@ -85,7 +85,8 @@ def _costs(root: Path, rounds: int, steps: int, calls: int) -> tuple[list[float]
 
     uri = f"sqlite:///{root / 'mlflow.db'}"
     # Creating MLflow's tables takes seconds once in a project's life and is nobody's step.
-    ingest(IngestPlan("bench", "none", []), tracking_uri=uri, artifact_root=root / "artifacts")
+    nothing = IngestPlan("bench", "none", [], root)
+    ingest(nothing, tracking_uri=uri, artifact_root=root / "artifacts")
     client = MlflowClient(tracking_uri=uri)
     experiment = client.create_experiment("calls", artifact_location=(root / "calls").as_uri())
     call_s, point_s = [], []
@@ -94,7 +95,7 @@ def _costs(root: Path, rounds: int, steps: int, calls: int) -> tuple[list[float]
         call_s.append(_seconds(lambda one=one: _calls(client, one, calls)) / calls)
         cell = _cell(root, number)
         written = _write(cell.journals[0], steps)
-        plan = IngestPlan("bench", f"grid{number}", [cell])
+        plan = IngestPlan("bench", f"grid{number}", [cell], root)
         ingested = _seconds(
             lambda plan=plan: ingest(plan, tracking_uri=uri, artifact_root=root / "artifacts")
         )

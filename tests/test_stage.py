@@ -115,6 +115,17 @@ def test_other_work_is_not_declared(
     assert not is_done(directory, {"up": upstream})
 
 
+def test_an_input_that_was_lost_and_made_again_alike_repeats_nothing(tmp_path: Path) -> None:
+    upstream = make(tmp_path / "up", "same")
+    directory = finish(tmp_path / "one", inputs={"up": upstream})
+    before = (upstream / "manifest.json").read_bytes()
+    shutil.rmtree(upstream)
+    make(tmp_path / "up", "same")
+    assert (upstream / "manifest.json").read_bytes() != before
+    assert is_done(directory, {"up": upstream})
+    assert not is_done(directory, {"up": upstream, "more": upstream})
+
+
 def test_a_stage_that_reads_the_world_is_never_done(tmp_path: Path) -> None:
     directory = make(tmp_path / "one")
     assert not is_finished("mlflow", directory, inputs={}, config=None)

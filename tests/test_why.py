@@ -182,6 +182,16 @@ def test_an_input_that_was_made_again(folder: Path) -> None:
     )
 
 
+def test_an_input_that_was_made_again_alike(folder: Path) -> None:
+    plan = Plan(load_study(Path("grid.yaml")), RESULTS)
+    train, pack = plan.cells[0].train, plan.cells[0].pack
+    shutil.rmtree(pack.directory(RESULTS) / ".done")
+    finish(pack, RESULTS)
+    assert f"{train.place} will only be declared: its work was finished" in explain(train.place)
+    declare(train.directory(RESULTS))
+    assert f"{train.place} will not run" in explain(train.place)
+
+
 def test_a_file_from_outside(folder: Path) -> None:
     later = (RESULTS / place("fetch") / MANIFEST).stat().st_mtime + 60
     os.utime("text.jsonl", (later, later))

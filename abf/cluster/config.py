@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
+import re
 from datetime import date
 from pathlib import Path
 from typing import Annotated
@@ -12,6 +15,8 @@ from abf.base import ConfigModel
 
 Word = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.:=@+-]+$")]
 """A name as Slurm has them: no spaces, no quotes, nothing a shell would read."""
+KEPT = "abf-results"
+"""Folder below `storage.work` for copies of finished stage directories."""
 
 
 class LaunchConfig(ConfigModel):
@@ -60,12 +65,26 @@ class StorageConfig(ConfigModel):
     """Where files live, and what the site does to them."""
 
     work: Path | None = None
-    """Project area, kept until after the project; finished artifacts are restored from here."""
+    """Project area, kept until after the project; finished artifacts are copied here at the end
+    of every run and restored from here."""
     work_quota_gb: float | None = Field(default=None, gt=0)
     scratch: Path | None = None
     """Fast area whose files are deleted by age."""
     purge_days: int | None = Field(default=None, ge=1)
     """Days after which scratch deletes a file that nobody read."""
+    keep_days: int = Field(default=60, ge=0)
+    """Days since its last writing after which `abf gc` offers a directory that no plan names."""
+
+    def kept(self, results: Path) -> Path | None:
+        """Folder below `work` for what a results folder finished; none where that is no help.
+
+        Its name is that of the results and a hash of where they lie.
+        """
+        place = os.path.realpath(results)
+        if self.work is None or Path(place).is_relative_to(os.path.realpath(self.work)):
+            return None
+        spoken = re.sub(r"[^A-Za-z0-9._-]+", "_", "-".join(Path(place).parts[-2:])).strip("_-/")
+        return self.work / KEPT / f"{spoken}-{hashlib.sha256(place.encode()).hexdigest()[:8]}"
 
 
 class SiteConfig(ConfigModel):

@@ -9,7 +9,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,21 +40,32 @@ class Tree:
     """Files older than was asked."""
     oldest: Path | None
     oldest_days: float
+    written_days: float
+    """Since any of the files was last written; infinite where there is none."""
     whole: bool
     """Whether all of it was looked at."""
 
 
-def survey(folder: Path, *, older_days: float = float("inf")) -> Tree:
-    """Walk a folder, at most WALK_ENTRIES files; folders that may not be read are passed over."""
+def survey(
+    folder: Path, *, older_days: float = float("inf"), skip: Collection[str] = frozenset()
+) -> Tree:
+    """Walk a folder, at most WALK_ENTRIES files; folders that may not be read are passed over.
+
+    Args:
+        older_days: age from which a file counts as old.
+        skip: names that are passed over.
+    """
     now, pending = time.time(), [os.fspath(folder)]
     files = size = old = 0
-    oldest, oldest_days = None, 0.0
+    oldest, oldest_days, written_days = None, 0.0, float("inf")
     while pending:
         try:
             entries = list(os.scandir(pending.pop()))
         except OSError:  # a colleague's, or gone since: not ours to judge
             continue
         for entry in entries:
+            if entry.name in skip:
+                continue
             if entry.is_dir(follow_symlinks=False):
                 pending.append(entry.path)
                 continue
@@ -64,11 +75,12 @@ def survey(folder: Path, *, older_days: float = float("inf")) -> Tree:
                 continue
             age = (now - max(found.st_atime, found.st_mtime)) / 86400
             files, size, old = files + 1, size + found.st_size, old + (age > older_days)
+            written_days = min(written_days, (now - found.st_mtime) / 86400)
             if oldest is None or age > oldest_days:
                 oldest, oldest_days = Path(entry.path), age
             if files >= WALK_ENTRIES:
-                return Tree(files, size, old, oldest, oldest_days, whole=False)
-    return Tree(files, size, old, oldest, oldest_days, whole=True)
+                return Tree(files, size, old, oldest, oldest_days, written_days, whole=False)
+    return Tree(files, size, old, oldest, oldest_days, written_days, whole=True)
 
 
 def disks(results: Path, storage: StorageConfig) -> Iterator[Finding]:
@@ -84,11 +96,13 @@ def disks(results: Path, storage: StorageConfig) -> Iterator[Finding]:
     if storage.scratch is not None and storage.scratch.is_dir():
         yield purge(storage.scratch, storage.purge_days)
         if results.resolve().is_relative_to(storage.scratch.resolve()):
-            yield warn(
-                "results",
-                f"{results.resolve()} lies on scratch, where files vanish unread: results that "
-                "must last belong below storage.work",
-            )
+            place = f"{results.resolve()} lies on scratch, where files vanish unread"
+            if (kept := storage.kept(results)) is None:
+                yield warn(
+                    "results", f"{place}: set storage.work, where finished directories are copied"
+                )
+            else:
+                yield ok("results", f"{place}; what is finished is copied to {kept}")
 
 
 def space(name: str, path: Path, *, key: str, must_exist: bool = False) -> Finding:
@@ -108,7 +122,7 @@ def space(name: str, path: Path, *, key: str, must_exist: bool = False) -> Findi
             f"or name another folder ({key})",
         )
     status = os.statvfs(place)
-    free, total = status.f_bavail * status.f_frsize, status.f_blocks * status.f_frsize
+    free, total = free_bytes(place), status.f_blocks * status.f_frsize
     text = f"{place}: {free / GIB:,.1f} of {total / GIB:,.1f} GiB free"
     if free < LEAST_FREE:
         return fail(name, f"{text}: as good as full; free space or name another folder ({key})")
@@ -119,26 +133,65 @@ def space(name: str, path: Path, *, key: str, must_exist: bool = False) -> Findi
     return ok(name, text)
 
 
-def quota(work: Path, limit_gb: float | None) -> Iterator[Finding]:
-    """What is left of the project's quota: as Lustre counts it, else as a walk does."""
+def spoken(size: float) -> str:
+    """Bytes as people say them."""
+    unit, name = (GB, "GB") if size >= GB / 10 else (10**6, "MB")
+    return f"{size / unit:,.1f} {name}"
+
+
+def free_bytes(path: Path) -> int:
+    """What its file system has left for a user; the folder itself need not be there yet."""
+    place = path.resolve()
+    while not place.exists():
+        place = place.parent
+    status = os.statvfs(place)
+    return status.f_bavail * status.f_frsize
+
+
+@dataclass(frozen=True)
+class Quota:
+    """Bytes of a project area."""
+
+    used: float
+    limit: float
+    who: str
+    """Who counted."""
+
+
+def read_quota(work: Path, limit_gb: float | None, trouble: list[str]) -> Quota | None:
+    """The project's quota: as Lustre counts it, else as a walk does; none where nobody knows.
+
+    Args:
+        trouble: told why Lustre's own count is not known.
+    """
     try:
         counted = lustre_quota(work)
     except ClusterError as error:
-        yield warn("quota", f"not known for {work}: {error}")
+        trouble.append(str(error))
         counted = None
     if counted is not None:
-        used, limit, who = *counted, "as Lustre counts the folder's group"
-    elif limit_gb is not None:
-        tree = survey(work)
-        used, limit = tree.size, limit_gb * GB
-        more = "" if tree.whole else f"; the first {tree.files} only, so it is more"
-        who = f"counted over {tree.files} files against storage.work_quota_gb{more}"
-    else:
+        return Quota(*counted, "as Lustre counts the folder's group")
+    if limit_gb is None:
+        return None
+    tree = survey(work)
+    more = "" if tree.whole else f"; the first {tree.files} only, so it is more"
+    who = f"counted over {tree.files} files against storage.work_quota_gb{more}"
+    return Quota(tree.size, limit_gb * GB, who)
+
+
+def quota(work: Path, limit_gb: float | None) -> Iterator[Finding]:
+    """What is left of the project's quota."""
+    trouble: list[str] = []
+    found = read_quota(work, limit_gb, trouble)
+    for text in trouble:
+        yield warn("quota", f"not known for {work}: {text}")
+    if found is None:
         yield warn("quota", f"not known for {work}: set storage.work_quota_gb in the site file")
         return
-    text = f"{work}: {used / GB:,.1f} of {limit / GB:,.1f} GB used ({who})"
+    used, limit = found.used, found.limit
+    text = f"{work}: {used / GB:,.1f} of {limit / GB:,.1f} GB used ({found.who})"
     if limit - used < LEAST_FREE:
-        yield fail("quota", f"{text}: nothing more fits; delete or move results")
+        yield fail("quota", f"{text}: nothing more fits; `abf gc`, or delete or move results")
     elif used > (1 - 2 * LOW_SHARE) * limit:
         yield warn("quota", f"{text}: more than {1 - 2 * LOW_SHARE:.0%}; free space soon")
     else:

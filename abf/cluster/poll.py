@@ -43,6 +43,10 @@ class JobState:
         return self.state in slurm.WAITING or self.state in slurm.ACTIVE
 
 
+LOOKS = 3
+"""Looks of a waiter at the shared view in an interval."""
+
+
 class Watch:
     """A waiter's view of the scheduler, shared with all waiters on the same folder."""
 
@@ -85,13 +89,8 @@ class Watch:
         *,
         until: Callable[[JobState], bool],
         each: Callable[[JobState], None] = lambda state: None,
-        tick: float = 5.0,
     ) -> JobState:
-        """Sleep until `until` holds of the job's state, or it ended; `each` sees every state.
-
-        Args:
-            tick: seconds between two looks at the shared file.
-        """
+        """Sleep until `until` holds of the job's state, or it ended; `each` sees every state."""
         self.add(job_id)
         while True:
             state = self.state(job_id)
@@ -99,7 +98,7 @@ class Watch:
                 each(state)
                 if state.ended or until(state):
                     return state
-            time.sleep(min(tick, self.interval))
+            time.sleep(self.interval / LOOKS)
 
     def _age(self) -> float:
         try:

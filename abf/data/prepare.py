@@ -154,10 +154,13 @@ def _raw_files(directory: Path) -> list[Path]:
 
 def _load(files: Sequence[Path], out: Path) -> Iterator[pa.Table]:
     """Batches of rows through `datasets`, streamed: its cache stays empty, and inside `out`."""
-    import datasets
+    from datasets import config, load_dataset
 
+    # Reading local files, too, it reports to a server in the internet, in silence, which costs a
+    # node without a network the seconds until name service gives up.
+    config.HF_UPDATE_DOWNLOAD_COUNTS = False
     with tempfile.TemporaryDirectory(dir=out, prefix=".datasets-") as cache:
-        data = datasets.load_dataset(
+        data = load_dataset(
             "parquet",
             data_files=[_literal(path) for path in files],
             split="train",

@@ -19,10 +19,14 @@ from abf.cluster import slurm
 from abf.cluster.config import NodeConfig
 from abf.cluster.history import Attempt, history
 from abf.cluster.jobs import by_comment, is_ours, job_record
+from abf.errors import ClusterError
 from abf.files import atomic_path
+from abf.ledger.build import ledger_rows, with_scheduled
 from abf.track.attempts import read_attempts
 
 RECORDS = Path(".driver", "records.jsonl")
+Records = dict[tuple[str, str, int], Attempt]
+"""By `Attempt.key`: cluster, job id, time of submission."""
 OVERLAP_S = 3 * 86_400
 """Records may be written or change this long after a job's submission was first seen."""
 
@@ -40,14 +44,33 @@ def scheduled_rows(
     """
     if was_scheduled(results, places):
         records = fresh_records(results)
-        with (
-            atomic_path(results / RECORDS) as temporary,
-            open(temporary, "w", encoding="utf-8") as handle,
-        ):
-            handle.writelines(json.dumps(vars(attempt)) + "\n" for attempt in records.values())
+        store_records(results, records)
     else:
         records = kept_records(results)
     return slurm_rows(records.values(), places, results, full_billing=node.billing)
+
+
+def rows_so_far(
+    results: Path, places: Sequence[str], *, node: NodeConfig, trouble: list[str]
+) -> list[dict[str, Any]]:
+    """Ledger rows of these places as of now, whether or not their study has a ledger yet.
+
+    The scheduler is asked for what the kept records lack; unlike the ledger, this keeps nothing.
+
+    Args:
+        trouble: gets a line when the accounting does not answer; kept records must then do.
+    """
+    records = kept_records(results)
+    if was_scheduled(results, places):
+        try:
+            records = fresh_records(results)
+        except ClusterError as error:
+            trouble.append(f"node-hours are as of the last ledger: {str(error).splitlines()[0]}")
+    scheduled = slurm_rows(records.values(), places, results, full_billing=node.billing)
+    own = (
+        row for place in places for row in ledger_rows(results / place, run=place.partition("/")[2])
+    )
+    return with_scheduled(own, scheduled)
 
 
 def was_scheduled(results: Path, places: Iterable[str]) -> bool:
@@ -59,7 +82,7 @@ def was_scheduled(results: Path, places: Iterable[str]) -> bool:
     )
 
 
-def fresh_records(results: Path) -> dict[tuple[str, str, int], Attempt]:
+def fresh_records(results: Path) -> Records:
     """Kept records of our jobs and what the scheduler knows beyond them, by `Attempt.key`.
 
     Raises:
@@ -69,7 +92,7 @@ def fresh_records(results: Path) -> dict[tuple[str, str, int], Attempt]:
     return known | {a.key: a for a in ours(history(since=changed_since(known.values())))}
 
 
-def kept_records(results: Path) -> dict[tuple[str, str, int], Attempt]:
+def kept_records(results: Path) -> Records:
     """Records of our jobs that were seen before, by `Attempt.key`."""
     path = results / RECORDS
     if not path.exists():
@@ -77,6 +100,20 @@ def kept_records(results: Path) -> dict[tuple[str, str, int], Attempt]:
     with open(path, encoding="utf-8") as handle:
         attempts = [Attempt(**json.loads(line)) for line in handle]
     return {attempt.key: attempt for attempt in attempts}
+
+
+def store_records(results: Path, records: Records) -> None:
+    """Write what is kept of the scheduler's records."""
+    with (
+        atomic_path(results / RECORDS) as temporary,
+        open(temporary, "w", encoding="utf-8") as handle,
+    ):
+        handle.writelines(json.dumps(vars(attempt)) + "\n" for attempt in records.values())
+
+
+def merge_records(one: Records, other: Records) -> Records:
+    """All records of both; of two of one attempt the one that knows its end."""
+    return {**one, **{key: a for key, a in other.items() if a.end is not None or key not in one}}
 
 
 def changed_since(known: Collection[Attempt]) -> int:

@@ -7,11 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from abf.cluster.jobs import launch_comment
-from abf.errors import ClusterError
 from abf.ledger.budget import Used
-from abf.ledger.build import ledger_rows, with_scheduled
 from abf.ledger.forecast import forecast
-from abf.ledger.slurm import fresh_records, kept_records, slurm_rows, was_scheduled
+from abf.ledger.slurm import rows_so_far
 from abf.ledger.work import work_done, work_left
 from abf.seeing.planned import Planned
 from abf.site import load_node
@@ -30,23 +28,8 @@ class Hours:
 
 
 def hours_spent(planned: Planned, trouble: list[str]) -> tuple[dict[str, Hours], int]:
-    """Hours of every attempt so far by place, as the ledger counts them; number of attempts.
-
-    The scheduler is asked for what the kept records lack; unlike the ledger, this keeps nothing.
-    """
-    results, places = planned.results, planned.places
-    records = kept_records(results)
-    if was_scheduled(results, places):
-        try:
-            records = fresh_records(results)
-        except ClusterError as error:
-            trouble.append(f"node-hours are as of the last ledger: {str(error).splitlines()[0]}")
-    billing = load_node().billing
-    scheduled = slurm_rows(records.values(), places, results, full_billing=billing)
-    own = [
-        row for place in places for row in ledger_rows(results / place, run=place.partition("/")[2])
-    ]
-    rows = with_scheduled(own, scheduled)
+    """Hours of every attempt so far by place, as the ledger counts them; number of attempts."""
+    rows = rows_so_far(planned.results, planned.places, node=load_node(), trouble=trouble)
     spent: dict[str, Hours] = {}
     for row in rows:
         place = f"{row['rule']}/{row['run']}"

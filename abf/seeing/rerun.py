@@ -21,7 +21,7 @@ from abf.files import sha256
 from abf.instance import outside_files
 from abf.seeing.differences import changed_inputs, changed_keys
 from abf.seeing.planned import Document, Planned, inputs_of
-from abf.stage import DONE
+from abf.stage import DONE, content_hash
 from abf.stages import CONFIG, MANIFEST, STAGES
 
 
@@ -35,6 +35,8 @@ class Standing:
     """The manifest has the name that Snakemake looks for."""
     faults: tuple[str, ...]
     """Why what was finished is not what is asked for now."""
+    alike: bool = False
+    """An input was made again since, with the content it had: to be declared again, not done."""
 
 
 class Rerun:
@@ -44,7 +46,7 @@ class Rerun:
         self.planned, self.results = planned, planned.results
         self._standings: dict[str, Standing] = {}
         self._repeats: dict[str, bool] = {}
-        self._hashes: dict[str, str | None] = {}
+        self._inputs: dict[str, tuple[str, str, int] | None] = {}
 
     # --- what each directory holds ---------------------------------------------------------
 
@@ -55,11 +57,13 @@ class Rerun:
             directory, document = self.results / place, self.planned.document(place)
             path = manifest_path(directory)
             faults: tuple[str, ...] = ()
+            alike = False
             if path is not None and document is not None:
                 manifest = json.loads(path.read_bytes())
                 faults = tuple(self._faults(directory, document, manifest, path))
+                alike = any(self._is_newer(p, e, path) for p, e in _read_inputs(document, manifest))
             declared = (directory / MANIFEST).exists()
-            known = self._standings[place] = Standing(path is not None, declared, faults)
+            known = self._standings[place] = Standing(path is not None, declared, faults, alike)
         return known
 
     def _faults(
@@ -69,13 +73,9 @@ class Rerun:
         if (before := manifest["stage_version"]) != STAGES[name].version:
             yield f"version of stage {name}: {before} -> {STAGES[name].version}"
         yield from _config_faults(directory, document, manifest)
-        for label, places in inputs_of(document).items():
-            known = manifest["inputs"].get(label, [])
-            if len(known) != len(places):
-                continue  # other inputs, named with the configuration that lists them
-            for place, entry in zip(places, known, strict=True):
-                if self._hash(place) not in (None, entry["sha256"]):
-                    yield f"input {place} was made again after it was read"
+        for place, entry in _read_inputs(document, manifest):
+            if self._is_other(place, entry):
+                yield f"input {place} was made again after it was read"
         made = path.stat().st_mtime
         for file in outside_files(document["stage"], document["config"]):
             if not file.exists():
@@ -83,11 +83,24 @@ class Rerun:
             elif file.stat().st_mtime > made:
                 yield f"file {file} from outside was written after it was read"
 
-    def _hash(self, place: str) -> str | None:
-        if place not in self._hashes:
+    def _input(self, place: str) -> tuple[str, str, int] | None:
+        """Hash of an input's manifest, of its content, and when it was declared."""
+        if place not in self._inputs:
             path = manifest_path(self.results / place)
-            self._hashes[place] = None if path is None else sha256(path)
-        return self._hashes[place]
+            self._inputs[place] = None
+            if path is not None:
+                content = content_hash(json.loads(path.read_bytes()))
+                self._inputs[place] = sha256(path), content, path.stat().st_mtime_ns
+        return self._inputs[place]
+
+    def _is_other(self, place: str, entry: Mapping[str, str]) -> bool:
+        """Whether an input has another content than it was read with."""
+        now = self._input(place)
+        return now is not None and entry["sha256"] != now[0] and entry.get("content") != now[1]
+
+    def _is_newer(self, place: str, entry: Mapping[str, str], made: Path) -> bool:
+        now = self._input(place)
+        return now is not None and entry["sha256"] != now[0] and now[2] > made.stat().st_mtime_ns
 
     # --- what will run ---------------------------------------------------------------------
 
@@ -103,7 +116,7 @@ class Rerun:
         for place in reads:
             standing = self.standing(place)
             missing = place in self.planned.targets and not standing.declared
-            if missing or (standing.declared and standing.faults):
+            if missing or (standing.declared and (standing.faults or standing.alike)):
                 first.append(place)
         found, queue = set(first), deque(first)
         while queue:
@@ -167,6 +180,16 @@ def manifest_path(directory: Path) -> Path | None:
         if path.exists():
             return path
     return None
+
+
+def _read_inputs(
+    document: Document, manifest: Mapping[str, Any]
+) -> Iterator[tuple[str, Mapping[str, str]]]:
+    """Input places with what the manifest says of them, less lists that were others then."""
+    for label, places in inputs_of(document).items():
+        known = manifest["inputs"].get(label, [])
+        if len(known) == len(places):  # else named with the configuration that lists them
+            yield from zip(places, known, strict=True)
 
 
 def _config_faults(

@@ -79,7 +79,11 @@ def _open_rapl(root: Path) -> _Rapl | str:
         return f"{error.filename}: {error.strerror}"
 
 
-def _open_nvml() -> _Nvml | str:
+def nvml_devices() -> tuple[Any, list[Any]] | str:
+    """NVML's module (pynvml, from nvidia-ml-py) and the devices this process may use, or why not.
+
+    It is optional: a machine without GPUs needs no NVML, and envs/ pin none for processors.
+    """
     try:
         import pynvml  # pyright: ignore[reportMissingImports]
     except ImportError:
@@ -97,9 +101,14 @@ def _open_nvml() -> _Nvml | str:
             else pynvml.nvmlDeviceGetHandleByUUID(name)
             for name in names
         ]
-        return _Nvml(pynvml, handles) if handles else "no CUDA device is visible"
+        return (pynvml, handles) if handles else "no CUDA device is visible"
     except pynvml.NVMLError as error:
         return f"NVML: {error}"
+
+
+def _open_nvml() -> _Nvml | str:
+    found = nvml_devices()
+    return found if isinstance(found, str) else _Nvml(*found)
 
 
 class EnergyMeter:

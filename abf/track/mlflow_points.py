@@ -12,13 +12,13 @@ import io
 import json
 import re
 from collections.abc import Iterable, Mapping
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from abf.artifacts import SCORES, read_table
 from abf.errors import ArtifactError
 from abf.stages import MANIFEST
+from abf.track.system import SYSTEM
 
 _NOT_IN_KEYS = re.compile(r"[^\w.\- /]")
 
@@ -53,6 +53,12 @@ def journal_stage(path: Path) -> str:
     return path.parent.parent.name
 
 
+def journal_name(path: Path) -> str:
+    """What tells the journals of a run apart: `train`, `train.system`."""
+    stage = journal_stage(path)
+    return stage if path.stem == "journal" else f"{stage}.{path.stem}"
+
+
 def read_new_points(path: Path, *, offset: int, tail: str) -> JournalPart:
     """Points behind `offset`, or all of them if the journal no longer holds the line before it.
 
@@ -72,12 +78,16 @@ def read_new_points(path: Path, *, offset: int, tail: str) -> JournalPart:
             record = json.loads(line)
         except ValueError as error:
             raise ArtifactError(f"{path}: line {line[:80]!r} is not JSON ({error})") from error
-        if record["kind"] != "metrics":
+        group, values = stage, record.get("values", {})
+        if record["kind"] == "metrics":
+            values = {"tokens": record["tokens"], **values}
+        elif record["name"] == SYSTEM:
+            group = SYSTEM
+        else:
             continue
         time, step = milliseconds(record["time"]), record["step"]
-        points.append(Point(clean_key(f"{stage}/tokens"), float(record["tokens"]), time, step))
-        for name, value in record["values"].items():
-            points.append(Point(clean_key(f"{stage}/{name}"), float(value), time, step))
+        for name, value in values.items():
+            points.append(Point(clean_key(f"{group}/{name}"), float(value), time, step))
     return JournalPart(points, len(data), _tail(data), rescanned)
 
 
@@ -123,11 +133,6 @@ def clean_key(name: str) -> str:
 def milliseconds(seconds: float) -> int:
     """Seconds since 1970 as MLflow's integer milliseconds."""
     return round(seconds * 1000)
-
-
-def iso_time(seconds: float) -> str:
-    """Seconds since 1970 as ISO 8601 in UTC."""
-    return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="seconds")
 
 
 def to_csv(columns: Iterable[str], rows: Iterable[Mapping[str, Any]]) -> bytes:

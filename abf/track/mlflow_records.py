@@ -1,4 +1,4 @@
-"""What of a cell goes into MLflow beside its points: state, cost, tags, small files, the note."""
+"""What of a run goes into MLflow beside its points: state, attempts, tags, files, the note."""
 
 from __future__ import annotations
 
@@ -7,17 +7,27 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from abf.files import sha256
-from abf.stages import MANIFEST
-from abf.track.mlflow_points import clean_key, iso_time, milliseconds, to_csv
-from abf.track.outcomes import attempt_outcomes
+from abf.track.mlflow_costs import (
+    ALIVE,
+    Row,
+    cost_line,
+    cost_table,
+    energy_source,
+    has_failed,
+    ordered,
+    states,
+)
+from abf.track.mlflow_points import clean_key, to_csv
+from abf.track.mlflow_progress import Progress, by_stage
 
 MAX_PARAM_CHARACTERS = 6000
 """MLflow refuses longer parameter values."""
 MAX_TAG_CHARACTERS = 8000
 """MLflow refuses longer tag values."""
+MAX_FAILURES = 10
+"""Failed directories that the page of a grid names."""
 
 
 @dataclass(frozen=True)
@@ -47,10 +57,11 @@ class Cell:
     tags: Mapping[str, str]
     """For example config_hash, git_sha, arm, seed."""
     stage_dirs: Mapping[str, Path]
-    """Stage directories whose attempts and scores belong to this cell alone: train, decode, score.
-    A name may carry a suffix after a dot (`decode.threshold`)."""
+    """Stage directories whose attempts and scores this cell shows: train, decode, score. A name
+    may carry a suffix after a dot (`decode.threshold`)."""
     journals: Sequence[Path] = ()
-    """Journals; their metrics are named `{stage}/{metric}`."""
+    """Journals, whose metrics are named `{stage}/{metric}`, and samples of the system
+    (`abf.track.system`), whose metrics are named `system/{metric}`."""
     figures: Sequence[Path] = ()
     """Small figures, copied."""
     artifacts: Sequence[tuple[str, Path, str, int]] = ()
@@ -66,6 +77,10 @@ class IngestPlan:
     study: str
     grid: str
     cells: Sequence[Cell]
+    results: Path
+    """Folder that holds all stage directories."""
+    rows: Sequence[Row] = ()
+    """The study's ledger: rows of all its attempts, those at shared stages included."""
     figures: Sequence[Path] = ()
     """Small figures of the whole grid, copied to the parent run."""
 
@@ -80,99 +95,37 @@ def clean_params(params: Mapping[str, str]) -> dict[str, str]:
     }
 
 
-@dataclass(frozen=True)
-class Progress:
-    """What the attempts of a cell amount to."""
-
-    status: str
-    """MLflow's run status: FINISHED, RUNNING or FAILED."""
-    start: int
-    """Milliseconds; first attempt."""
-    end: int | None
-    """Milliseconds; end of the last attempt, None while running."""
-    outcomes: list[dict[str, Any]]
-    """Every attempt, with the name of its stage under `stage`."""
-    core_hours: float
-    """Cores times wall-clock, over every attempt."""
-
-    @property
-    def failed(self) -> int:
-        """Attempts that neither completed nor still run."""
-        return sum(o["state"] not in ("COMPLETED", "RUNNING") for o in self.outcomes)
-
-
-def cell_progress(stage_dirs: Mapping[str, Path]) -> Progress | None:
-    """Attempts and state of a cell; None when nothing of it was ever attempted."""
-    outcomes: list[dict[str, Any]] = []
-    finished, failed, running = True, False, False
-    for stage, directory in stage_dirs.items():
-        found = attempt_outcomes(directory)
-        outcomes += [outcome | {"stage": stage} for outcome in found]
-        running |= any(outcome["state"] == "RUNNING" for outcome in found)
-        if not (directory / MANIFEST).exists():
-            finished = False
-            failed |= bool(found) and found[-1]["state"] not in ("COMPLETED", "RUNNING")
-    if not outcomes:
-        return None
-    outcomes.sort(key=lambda o: (o["start"], o["stage"], o["attempt"]))
-    status = "FINISHED" if finished else "FAILED" if failed and not running else "RUNNING"
-    return Progress(
-        status=status,
-        start=milliseconds(outcomes[0]["start"]),
-        end=None if status == "RUNNING" else milliseconds(max(o["end"] for o in outcomes)),
-        outcomes=outcomes,
-        core_hours=sum(o["cores"] * o["elapsed_s"] for o in outcomes) / 3600,
-    )
-
-
-def attempt_tags(progress: Progress) -> dict[str, str]:
-    """Attempts and their cost as tags, one a stage: `FAILED 61.2 s (reason), COMPLETED 250.0 s`."""
-    by_stage: dict[str, list[str]] = {}
-    for outcome in progress.outcomes:
-        reason = f" ({outcome['reason']})" if outcome["reason"] else ""
-        text = f"{outcome['state']} {outcome['elapsed_s']:.1f} s{reason}"
-        by_stage.setdefault(outcome["stage"], []).append(text)
+def attempt_tags(found: Progress) -> dict[str, str]:
+    """Attempts and what measured them: states, job ids, and one tag a stage with reasons."""
+    own, shared = found.charged("run"), found.charged("grid")
+    told = [states(own), f"shared: {states(shared)}" if shared else ""]
     tags = {
-        "abf.attempts": str(len(progress.outcomes)),
-        "abf.failed_attempts": str(progress.failed),
-        "abf.core_hours": f"{progress.core_hours:.6g}",
-        "abf.job_ids": " ".join(dict.fromkeys(str(o["job_id"]) for o in progress.outcomes)),
-        **{clean_key(f"attempts.{stage}"): ", ".join(texts) for stage, texts in by_stage.items()},
+        "abf.attempt_states": "; ".join(filter(None, told)),
+        "abf.charged": ", ".join(by_stage(own)),
+        "abf.energy_source": energy_source(own),
+        "abf.job_ids": " ".join(dict.fromkeys(row["job_id"] for row in found.rows)),
     }
+    for stage, rows in by_stage(found.rows).items():
+        tags[clean_key(f"attempts.{stage}")] = ", ".join(
+            f"{row['state']} {row['elapsed_s']:.1f} s"
+            + (f" ({row['reason']})" if row["reason"] else "")
+            for row in rows
+        )
     return {key: value[:MAX_TAG_CHARACTERS] for key, value in tags.items()}
 
 
 ATTEMPT_COLUMNS = (
-    "stage",
-    "attempt",
-    "state",
-    "job_id",
-    "host",
-    "started",
-    "elapsed_s",
-    "cores",
-    "core_hours",
-    "reason",
+    *("stage", "attempt", "state", "elapsed_s", "job_id", "host", "reason", "cluster"),
+    *("submit_time", "nodes", "gpus", "node_hours", "gpu_hours", "core_hours"),
+    *("energy_j", "energy_source", "charged_to"),
 )
+"""Columns of `attempts.csv`: the ledger's, with the stage, the host and who is charged."""
 
 
-def attempt_rows(progress: Progress) -> list[dict[str, Any]]:
-    """The attempts as rows of a small table (columns ATTEMPT_COLUMNS)."""
-    return [
-        {
-            **{name: outcome.get(name, "") for name in ATTEMPT_COLUMNS},
-            "started": iso_time(outcome["start"]),
-            "elapsed_s": f"{outcome['elapsed_s']:.2f}",
-            "core_hours": f"{outcome['cores'] * outcome['elapsed_s'] / 3600:.6f}",
-        }
-        for outcome in progress.outcomes
-    ]
-
-
-def cell_files(cell: Cell, progress: Progress, scores_csv: bytes) -> dict[str, bytes | Path]:
+def cell_files(cell: Cell, found: Progress, scores_csv: bytes) -> dict[str, bytes | Path]:
     """Small artifacts of a run: artifact path -> content, or a file to copy."""
     files: dict[str, bytes | Path] = {
-        "attempts.csv": to_csv(ATTEMPT_COLUMNS, attempt_rows(progress)),
+        "attempts.csv": to_csv(ATTEMPT_COLUMNS, found.rows),
         **figure_files(cell.figures),
     }
     if scores_csv:
@@ -205,17 +158,55 @@ def _hash(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
 
 
-def note(cell: Cell, progress: Progress, missing: Sequence[str]) -> str:
+def cell_note(cell: Cell, found: Progress, missing: Sequence[str]) -> str:
     """Markdown that MLflow shows on the run's page."""
+    own, shared = found.charged("run"), by_stage(found.charged("grid"))
     lines = [
-        f"**{cell.name}**, run `{cell.run}`",
+        cost_line(own),
         "",
-        f"- {len(progress.outcomes)} attempts, {progress.failed} of them not completed;"
-        f" {progress.core_hours:.4g} core-hours in all (table: `attempts.csv`)",
+        *cost_table(
+            by_stage(own),
+            {f"{stage}, shared: charged to the parent run": rows for stage, rows in shared.items()},
+        ),
+        "",
+        "- Every attempt is in `attempts.csv`; what cells share (data, base model) is charged to "
+        "the parent run",
         "- Scores are metrics `task/decoder/metric`; `interval/..._ci_low` and `_ci_high` bound"
         " the interval over documents (table: `scores.csv`)",
         "- Large files are listed in `references.json` with size and sha256",
     ]
     if missing:
         lines.append(f"- Not measured: {', '.join(missing)}")
+    return "\n".join(lines)
+
+
+def grid_note(plan: IngestPlan, rows: Sequence[Row], waiting: int) -> str:
+    """Markdown on the page of the parent run.
+
+    Args:
+        rows: the ledger's, with `cell`: the run that is charged, empty for the grid itself.
+        waiting: cells not begun.
+    """
+    groups: dict[str, list[Row]] = {}
+    for row in sorted(rows, key=lambda row: bool(row["cell"])):
+        label = f"{row['rule']}, cells" if row["cell"] else f"{row['rule']}, shared"
+        groups.setdefault(label, []).append(row)
+    last = {f"{row['rule']}/{row['run']}": row for row in ordered(rows)}
+    failures = [
+        f"- **{place}** {row['state']} after {row['elapsed_s']:.1f} s: {row['reason'] or '?'}"
+        for place, row in last.items()
+        if has_failed(row) and row["state"] not in ALIVE
+    ]
+    more = [f"- and {len(failures) - MAX_FAILURES} more"] if len(failures) > MAX_FAILURES else []
+    lines = [
+        f"{cost_line(rows)}; {len(plan.cells)} cells, {waiting} not begun",
+        "",
+        *failures[:MAX_FAILURES],
+        *more,
+        "",
+        *cost_table(groups, {}),
+        "",
+        "- Costs here are all of the grid: what its cells (the child runs) share, and their sum",
+        "- Every attempt is in `attempts.csv`; `cell` is the run that is charged, none the grid",
+    ]
     return "\n".join(lines)

@@ -11,32 +11,35 @@ from __future__ import annotations
 import os
 import re
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import quote, urlencode
 
 from abf.errors import ArtifactError
 from abf.files import atomic_path, lock
+from abf.track.mlflow_costs import GROUP, Row, energy_source, figures, states
 from abf.track.mlflow_points import (
     Point,
     clean_key,
-    journal_stage,
+    journal_name,
     read_new_points,
     score_points,
+    to_csv,
 )
+from abf.track.mlflow_progress import Progress, charge
 from abf.track.mlflow_records import (
+    ATTEMPT_COLUMNS,
     Cell,
     IngestPlan,
-    Progress,
     attempt_tags,
     cell_files,
-    cell_progress,
+    cell_note,
     clean_params,
     figure_files,
     files_digest,
-    note,
+    grid_note,
 )
+from abf.track.mlflow_view import experiment_tags
 from abf.track.mlflow_writer import (
     ClientWriter,
     SqliteWriter,
@@ -49,12 +52,9 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import Run
 
-EXPERIMENT = {
-    # MLflow's page then opens on runs and curves instead of traces and prompts.
-    "mlflow.experimentKind": "custom_model_development",
-    "mlflow.note.content": "Filled from journals and score files; change those, not this. Parent "
-    "runs are grids, child runs their cells (arm and seed).",
-}
+BOOKKEEPING = "mlflow.abf."
+"""Prefix of the tags in which an ingest notes how far it has come: MLflow's pages show no tags that
+begin with `mlflow.`."""
 PARAMS_A_BATCH = 100
 """Most parameters MLflow takes in one call."""
 
@@ -70,7 +70,7 @@ def ingest(plan: IngestPlan, *, tracking_uri: str, artifact_root: Path) -> dict[
 
     Returns:
         counts: runs, runs_created, points (added by this call), waiting (cells never attempted),
-        and the experiment's id (see `runs_page`).
+        and the experiment's id (see `abf.track.mlflow_view`).
 
     Raises:
         LockError: another ingest is writing.
@@ -88,20 +88,6 @@ def ingest(plan: IngestPlan, *, tracking_uri: str, artifact_root: Path) -> dict[
             return _Ingest(client, writer, plan, artifact_root).run()
         finally:
             writer.close()
-
-
-def runs_page(experiment: str) -> str:
-    """Path below MLflow's address that shows the cells of a study as one flat table.
-
-    Without it MLflow opens on its pages for traces and folds the cells away under their grid.
-    """
-    query = {
-        "workflowType": "machine_learning",
-        "orderByKey": "attributes.run_name",
-        "orderByAsc": "true",
-        "searchFilter": 'tags.`abf.kind` = "cell"',
-    }
-    return f"/#/experiments/{experiment}/runs?{urlencode(query, quote_via=quote)}"
 
 
 def _open(tracking_uri: str) -> MlflowClient:
@@ -133,13 +119,18 @@ class _Ingest:
         return self.counts | {"experiment": self.experiment}
 
     def _run(self) -> None:
-        progress = {cell.run: cell_progress(cell.stage_dirs) for cell in self.plan.cells}
-        begun = [(cell, p) for cell in self.plan.cells if (p := progress[cell.run]) is not None]
+        found, shared = charge(
+            self.plan.results,
+            self.plan.rows,
+            {cell.run: cell.stage_dirs for cell in self.plan.cells},
+        )
+        begun = [(cell, p) for cell in self.plan.cells if (p := found[cell.run]) is not None]
         self.counts["waiting"] = len(self.plan.cells) - len(begun)
-        if not begun:
+        everything = [*([shared] if shared else []), *(p for _, p in begun)]
+        if not everything:
             return
         known = self._known_runs()
-        start = min(p.start for _, p in begun)
+        start = min(p.start for p in everything)
         parent = known.get("") or self._create(self.plan.grid, start, {"abf.kind": "grid"})
         for cell, state in begun:
             tags = {
@@ -149,14 +140,14 @@ class _Ingest:
             }
             run = known.get(cell.run) or self._create(cell.name, state.start, tags)
             self._cell(run, cell, state)
-        self._parent(parent, [state for _, state in begun])
+        self._parent(parent, shared, begun)
 
     def _experiment(self, artifact_root: Path) -> str:
         study = self.plan.study
         place = (artifact_root / re.sub(r"[^\w.-]", "_", study)).resolve().as_uri()
-        found = self.client.get_experiment_by_name(study)
+        found, tags = self.client.get_experiment_by_name(study), experiment_tags()
         if found is None:
-            return self.client.create_experiment(study, artifact_location=place, tags=EXPERIMENT)
+            return self.client.create_experiment(study, artifact_location=place, tags=tags)
         if found.artifact_location != place:
             raise ArtifactError(
                 f"the MLflow store keeps the artifacts of study {study!r} in "
@@ -166,6 +157,9 @@ class _Ingest:
             )
         if found.lifecycle_stage == "deleted":
             self.client.restore_experiment(found.experiment_id)
+        for key, value in tags.items():
+            if found.tags.get(key) != value:
+                self.client.set_experiment_tag(found.experiment_id, key, value)
         return found.experiment_id
 
     def _known_runs(self) -> dict[str, Run]:
@@ -206,12 +200,12 @@ class _Ingest:
         missing, scores_csv = self._scores(run, cell)
         self._files(run, cell_files(cell, state, scores_csv))
         self._datasets(run, cell)
-        cost = [Point("cost/core_hours", state.core_hours, state.end, 0)] if state.end else []
         tags = {clean_key(key): value for key, value in cell.tags.items()}
-        tags |= attempt_tags(state) | {"mlflow.note.content": note(cell, state, missing)}
+        tags |= attempt_tags(state) | {"mlflow.note.content": cell_note(cell, state, missing)}
         if "git_sha" in cell.tags:
             tags["mlflow.source.git.commit"] = cell.tags["git_sha"]
-        self._tags(run, tags, cost)
+        self._tags(run, tags)
+        self._cost(run, state.charged("run"), state.end)
         self._status(run, state.status, state.end)
 
     def _params(self, run: Run, cell: Cell) -> None:
@@ -229,7 +223,7 @@ class _Ingest:
             self.client.log_batch(run.info.run_id, params=new[i : i + PARAMS_A_BATCH])
 
     def _journal(self, run: Run, journal: Path) -> None:
-        name = f"abf.journal.{journal_stage(journal)}"
+        name = f"{BOOKKEEPING}journal.{journal_name(journal)}"
         tags = run.data.tags
         offset = int(tags.get(f"{name}.offset", 0))
         part = read_new_points(journal, offset=offset, tail=tags.get(f"{name}.tail", ""))
@@ -271,14 +265,14 @@ class _Ingest:
                 points += found
                 missing += unmeasured
         digest = files_digest({"scores": table, "points": repr(points).encode()}) if points else ""
-        if run.data.tags.get("abf.scores", "") != digest:
-            self.writer.write(run.info.run_id, points, {"abf.scores": digest})
+        if run.data.tags.get(f"{BOOKKEEPING}scores", "") != digest:
+            self.writer.write(run.info.run_id, points, {f"{BOOKKEEPING}scores": digest})
             self.counts["points"] += len(points)
         return missing, table
 
     def _files(self, run: Run, files: Mapping[str, bytes | Path]) -> None:
         digest = files_digest(files)
-        if not files or run.data.tags.get("abf.files") == digest:
+        if not files or run.data.tags.get(f"{BOOKKEEPING}files") == digest:
             return
         with tempfile.TemporaryDirectory(prefix="abf-mlflow-") as folder:
             for name, content in files.items():
@@ -287,7 +281,7 @@ class _Ingest:
                 data = content.read_bytes() if isinstance(content, Path) else content
                 target.write_bytes(data)
             self.client.log_artifacts(run.info.run_id, folder)
-        self.writer.write(run.info.run_id, [], {"abf.files": digest})
+        self.writer.write(run.info.run_id, [], {f"{BOOKKEEPING}files": digest})
 
     def _datasets(self, run: Run, cell: Cell) -> None:
         from mlflow.entities import Dataset, DatasetInput, InputTag
@@ -310,41 +304,45 @@ class _Ingest:
         if new:
             self.client.log_inputs(run.info.run_id, new)
 
-    def _tags(self, run: Run, tags: Mapping[str, str], points: list[Point]) -> None:
+    def _tags(self, run: Run, tags: Mapping[str, str]) -> None:
         new = {key: value for key, value in tags.items() if run.data.tags.get(key) != value}
         if new:
-            self.writer.write(run.info.run_id, points, new)
+            self.writer.write(run.info.run_id, [], new)
 
-    def _status(self, run: Run, status: str, end: int | None) -> None:
-        if run.info.status == status and run.info.end_time == end:
+    def _cost(self, run: Run, rows: Sequence[Row], time: int) -> None:
+        """Costs so far, one value a metric: a later ingest replaces them."""
+        points = [Point(key, value, time, 0) for key, value in figures(rows).items()]
+        self.writer.settle(run.info.run_id, GROUP, points)
+
+    def _status(self, run: Run, status: str, end: int) -> None:
+        if run.info.status == status and (status == "RUNNING" or run.info.end_time == end):
             return
         if status == "RUNNING":
             self.client.update_run(run.info.run_id, status=status)
         else:
             self.client.set_terminated(run.info.run_id, status, end)
 
-    def _parent(self, parent: Run, states: list[Progress]) -> None:
-        self._files(parent, figure_files(self.plan.figures))
+    def _parent(
+        self, parent: Run, shared: Progress | None, begun: Sequence[tuple[Cell, Progress]]
+    ) -> None:
         waiting = self.counts["waiting"]
-        statuses = {state.status for state in states}
+        rows: list[Row] = [{**row, "cell": ""} for row in (shared.rows if shared else ())]
+        rows += [
+            {**row, "cell": cell.name} for cell, found in begun for row in found.charged("run")
+        ]
+        table = to_csv(("cell", *ATTEMPT_COLUMNS), rows)
+        self._files(parent, {"attempts.csv": table, **figure_files(self.plan.figures)})
+        everything = [*([shared] if shared else []), *(found for _, found in begun)]
+        statuses = {found.status for found in everything}
         done = not waiting and statuses == {"FINISHED"}
         status = "FINISHED" if done else "FAILED" if "FAILED" in statuses else "RUNNING"
-        ends = [state.end for state in states if state.end is not None]
-        hours = sum(state.core_hours for state in states)
-        attempts = sum(len(state.outcomes) for state in states)
-        failed = sum(state.failed for state in states)
-        text = (
-            f"Grid **{self.plan.grid}** of study {self.plan.study}: {len(self.plan.cells)} cells, "
-            f"{waiting} not begun; {attempts} attempts ({failed} not completed), {hours:.4g} "
-            "core-hours for training, decoding and scoring. Child runs are its cells."
-        )
+        end = max(found.end for found in everything)
         tags = {
             "abf.cells": str(len(self.plan.cells)),
-            "abf.attempts": str(attempts),
-            "abf.failed_attempts": str(failed),
-            "abf.core_hours": f"{hours:.6g}",
-            "mlflow.note.content": text,
+            "abf.attempt_states": states(rows),
+            "abf.energy_source": energy_source(rows),
+            "mlflow.note.content": grid_note(self.plan, rows, waiting),
         }
-        cost = [Point("cost/core_hours", hours, max(ends), 0)] if ends else []
-        self._tags(parent, tags, cost)
-        self._status(parent, status, max(ends) if status != "RUNNING" and ends else None)
+        self._tags(parent, tags)
+        self._cost(parent, rows, end)
+        self._status(parent, status, end)

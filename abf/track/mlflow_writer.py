@@ -55,6 +55,10 @@ class Writer(Protocol):
         """Add points and set tags; a point that is already there is left alone."""
         ...
 
+    def settle(self, run_id: str, group: str, points: Sequence[Point]) -> None:
+        """Make these the values of the metrics below `group`; nothing is written if they are."""
+        ...
+
     def close(self) -> None:
         """Release what the writer holds."""
         ...
@@ -78,34 +82,56 @@ class SqliteWriter:
 
     def write(self, run_id: str, points: Sequence[Point], tags: Mapping[str, str]) -> None:
         """Add points and set tags in one transaction."""
+        with self._transaction():
+            self._add(run_id, points)
+            self._connection.executemany(
+                "INSERT INTO tags (run_uuid, key, value) VALUES (?, ?, ?)"
+                " ON CONFLICT (run_uuid, key) DO UPDATE SET value = excluded.value",
+                [(run_id, key, value) for key, value in tags.items()],
+            )
+
+    def settle(self, run_id: str, group: str, points: Sequence[Point]) -> None:
+        """Replace the metrics whose names begin with `group`, history included."""
+        of_group = "WHERE run_uuid = ? AND substr(key, 1, ?) = ?"
+        which = (run_id, len(group), group)
+        have = self._connection.execute(
+            f"SELECT run_uuid, key, value, timestamp, step, is_nan FROM metrics {of_group}", which
+        )
+        if sorted(have) == sorted(_row(run_id, point) for point in points):
+            return
+        with self._transaction():
+            for table in ("metrics", "latest_metrics"):
+                self._connection.execute(f"DELETE FROM {table} {of_group}", which)
+            self._add(run_id, points)
+
+    def _add(self, run_id: str, points: Sequence[Point]) -> None:
         rows = [_row(run_id, point) for point in points]
         latest: dict[str, tuple[Any, ...]] = {}
         for row in rows:
             known = latest.get(row[1])
             if known is None or _rank(row) > _rank(known):
                 latest[row[1]] = row
+        self._connection.executemany(
+            "INSERT OR IGNORE INTO metrics (run_uuid, key, value, timestamp, step, is_nan)"
+            " VALUES (?, ?, ?, ?, ?, ?)",
+            rows,
+        )
+        # MLflow's rule: the latest value is the one with the largest (step, time, value).
+        self._connection.executemany(
+            "INSERT INTO latest_metrics (run_uuid, key, value, timestamp, step, is_nan)"
+            " VALUES (?, ?, ?, ?, ?, ?)"
+            " ON CONFLICT (run_uuid, key) DO UPDATE SET value = excluded.value,"
+            " timestamp = excluded.timestamp, step = excluded.step, is_nan = excluded.is_nan"
+            " WHERE (excluded.step, excluded.timestamp, excluded.value)"
+            " > (latest_metrics.step, latest_metrics.timestamp, latest_metrics.value)",
+            latest.values(),
+        )
+
+    @contextlib.contextmanager
+    def _transaction(self) -> Iterator[None]:
         self._connection.execute("BEGIN IMMEDIATE")
         try:
-            self._connection.executemany(
-                "INSERT OR IGNORE INTO metrics (run_uuid, key, value, timestamp, step, is_nan)"
-                " VALUES (?, ?, ?, ?, ?, ?)",
-                rows,
-            )
-            # MLflow's rule: the latest value is the one with the largest (step, time, value).
-            self._connection.executemany(
-                "INSERT INTO latest_metrics (run_uuid, key, value, timestamp, step, is_nan)"
-                " VALUES (?, ?, ?, ?, ?, ?)"
-                " ON CONFLICT (run_uuid, key) DO UPDATE SET value = excluded.value,"
-                " timestamp = excluded.timestamp, step = excluded.step, is_nan = excluded.is_nan"
-                " WHERE (excluded.step, excluded.timestamp, excluded.value)"
-                " > (latest_metrics.step, latest_metrics.timestamp, latest_metrics.value)",
-                latest.values(),
-            )
-            self._connection.executemany(
-                "INSERT INTO tags (run_uuid, key, value) VALUES (?, ?, ?)"
-                " ON CONFLICT (run_uuid, key) DO UPDATE SET value = excluded.value",
-                [(run_id, key, value) for key, value in tags.items()],
-            )
+            yield
             self._connection.execute("COMMIT")
         except BaseException:
             if self._connection.in_transaction:  # a full disk has ended it already
@@ -149,6 +175,18 @@ class ClientWriter:
         for chunk in rest:
             self._client.log_batch(run_id, tags=chunk)
         self._client.log_batch(run_id, metrics=[Metric(*point) for point in last], tags=head)
+
+    def settle(self, run_id: str, group: str, points: Sequence[Point]) -> None:
+        """Let what differs follow as a next step: a tracking server lets nobody remove a value."""
+        current = self._client.get_run(run_id).data.metrics
+        changed = [point for point in points if current.get(point.key) != point.value]
+        steps = {
+            point.key: max(m.step for m in self._client.get_metric_history(run_id, point.key)) + 1
+            for point in changed
+            if point.key in current
+        }
+        if changed:
+            self.write(run_id, [p._replace(step=steps.get(p.key, p.step)) for p in changed], {})
 
     def close(self) -> None:
         """Nothing is held."""

@@ -131,7 +131,8 @@ def test_the_allocation_counts_colleagues_queue_and_reservations(
     # Once on record a job is reserved for no longer, by its id or, without one, by its name.
     found = open_reservations(results, [attempt(line(job_id="77"))], SITE)
     assert found.keys() == {base}
-    named = [attempt(line(job_id="77")), attempt(line(job_id="78", name="b", submit=NOW + 5))]
+    later = int(time.time()) + 5
+    named = [attempt(line(job_id="77")), attempt(line(job_id="78", name="b", submit=later))]
     assert open_reservations(results, named, SITE) == {}
 
 

@@ -22,7 +22,7 @@ WAIT = """
 import sys
 from pathlib import Path
 from abf.cluster.poll import Watch
-state = Watch(Path(sys.argv[1]), interval=2.0).wait(sys.argv[2], until=lambda s: False, tick=0.5)
+state = Watch(Path(sys.argv[1]), interval=2.0).wait(sys.argv[2], until=lambda s: False)
 print(state.state)
 """
 
@@ -73,7 +73,7 @@ with lock(Path({str(tmp_path)!r}) / 'poll', 'x'): print('held', flush=True); tim
     assert watch.state(job) is None  # somebody else is looking
     holder.kill()
     holder.communicate()
-    assert watch.wait(job, until=lambda s: False, tick=0.2).state == "COMPLETED"
+    assert watch.wait(job, until=lambda s: False).state == "COMPLETED"
 
 
 def test_an_answer_that_does_not_come_keeps_what_was_known(
@@ -96,7 +96,7 @@ def test_an_answer_that_does_not_come_keeps_what_was_known(
         assert watch.state(job) == before
         assert "did not answer" in watch.trouble()
     box.run("scancel", job)
-    assert watch.wait(job, until=lambda s: False, tick=0.1).state == "CANCELLED"
+    assert watch.wait(job, until=lambda s: False).state == "CANCELLED"
 
 
 def test_the_records_speak_for_what_the_queue_forgot(box: Box) -> None:

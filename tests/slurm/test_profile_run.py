@@ -52,7 +52,7 @@ class Site:
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         )  # fmt: skip
 
-    def snakemake(self, *arguments: str) -> list[str]:
+    def snakemake(self, *arguments: str, study: str = "run.yaml") -> list[str]:
         return [
             "snakemake",
             "--profile",
@@ -60,7 +60,7 @@ class Site:
             *FAST,
             *arguments,
             "--config",
-            "study=run.yaml",
+            f"study={study}",
         ]
 
     def start(self, *argv: str) -> subprocess.Popen[str]:
@@ -167,6 +167,26 @@ def test_a_driver_killed_in_training_and_in_a_short_job_submits_nothing_twice(
     comments = [row["Comment"] for row in begun.jobs()]
     assert len(comments) == len(set(comments)), comments
     read_manifest(begun.folder / "results" / begun.plan()["cells"][0]["score"])
+
+
+def test_every_cell_of_a_grid_waits_in_the_queue_at_once(begun: Site) -> None:
+    cells = 7  # more than the five workers that Snakemake has by default
+    (begun.folder / "grid.yaml").write_text(
+        f"study: many\nbase: run.yaml\narms: {{sentence: {{}}}}\nseeds: {list(range(cells))}\n"
+    )
+    filler = submit(begun.box, "sleep 600", "--nodes=4", "--exclusive", "--mem=0")
+    wait_state(begun.box, filler, "RUNNING")
+    try:
+        begun.start(*begun.snakemake(study="grid.yaml"))
+
+        def waiting() -> int:
+            text = begun.box.run("squeue", "--noheader", "--states=PENDING", "--format=%Z|%k")
+            return text.stdout.count(f"{begun.folder}|abf train")
+
+        wait_for(f"{cells} waiting trainings", lambda: waiting() == cells, seconds=90, every=0.5)
+    finally:
+        begun.end()
+        begun.box.run("scancel", "--user=root")
 
 
 def test_a_dead_drivers_job_is_waited_for(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:

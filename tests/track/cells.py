@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import socket
+import sqlite3
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 
 from abf.artifacts import SCORES, write_table
+from abf.cluster.config import NodeConfig
+from abf.ledger.slurm import rows_so_far
 from abf.track.attempts import ATTEMPTS
 from abf.track.journal import Journal
 from abf.track.mlflow_records import Cell, DatasetRef, IngestPlan
@@ -108,15 +112,31 @@ def make_cell(root: Path, run: str, *, finished: bool = True) -> Cell:
     )
 
 
+def rows_of(results: Path) -> list[dict[str, Any]]:
+    """Ledger rows of everything that was ever attempted below a folder."""
+    places = [p.parent.relative_to(results).as_posix() for p in results.rglob(ATTEMPTS)]
+    return rows_so_far(results, sorted(places), node=NodeConfig(), trouble=[])
+
+
+def make_plan(results: Path, *cells: Cell, **more: Any) -> IngestPlan:
+    return IngestPlan("study", "grid", cells, results, rows_of(results), **more)
+
+
 class Store:
     def __init__(self, root: Path, template: Path) -> None:
         root.mkdir(parents=True, exist_ok=True)
-        (root / "mlflow.db").write_bytes(template.read_bytes())
-        self.uri = f"sqlite:///{root / 'mlflow.db'}"
+        self.path = root / "mlflow.db"
+        self.path.write_bytes(template.read_bytes())
+        self.uri = f"sqlite:///{self.path}"
         self.artifacts = root / "artifacts"
 
     def ingest(self, plan: IngestPlan) -> dict[str, Any]:
         return ingest(plan, tracking_uri=self.uri, artifact_root=self.artifacts)
+
+    def tables(self) -> list[str]:
+        """Every row of every table, as SQL."""
+        with contextlib.closing(sqlite3.connect(self.path)) as connection:
+            return list(connection.iterdump())
 
     def content(self) -> dict[str, Any]:
         """Everything in the store but what differs by chance: run ids and their folders."""

@@ -18,7 +18,7 @@ def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An empty store: creating MLflow's tables takes seconds, so it is done once."""
     path = tmp_path_factory.mktemp("store") / "mlflow.db"
     ingest(
-        IngestPlan("none", "none", []),
+        IngestPlan("none", "none", [], path.parent),
         tracking_uri=f"sqlite:///{path}",
         artifact_root=path.parent / "artifacts",
     )

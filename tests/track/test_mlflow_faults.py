@@ -16,8 +16,9 @@ from abf.errors import ArtifactError, LockError
 from abf.files import lock
 from abf.track.mlflow_points import Point
 from abf.track.mlflow_records import IngestPlan
+from abf.track.mlflow_store import BOOKKEEPING
 from abf.track.mlflow_writer import ClientWriter, SqliteWriter, store_faults
-from tests.track.cells import Store, make_cell
+from tests.track.cells import Store, make_cell, make_plan
 
 KILLED = """
 import os, pickle, signal, sys
@@ -58,13 +59,13 @@ mlflow_store.ingest(plan, tracking_uri=uri, artifact_root=artifacts)
 
 
 @pytest.mark.parametrize(
-    ("statement", "count"), [("BEGIN IMMEDIATE", 1), ("COMMIT", 1), ("COMMIT", 3), ("COMMIT", 6)]
+    ("statement", "count"), [("BEGIN IMMEDIATE", 1), ("COMMIT", 1), ("COMMIT", 3), ("COMMIT", 7)]
 )
 def test_killed_ingest_is_completed_by_the_next(
     tmp_path: Path, template: Path, statement: str, count: int
 ):
     results = tmp_path / "results"
-    plan = IngestPlan("study", "grid", [make_cell(results, "a"), make_cell(results, "b")])
+    plan = make_plan(results, make_cell(results, "a"), make_cell(results, "b"))
     clean = Store(tmp_path / "clean", template)
     clean.ingest(plan)
     store = Store(tmp_path / "store", template)
@@ -76,7 +77,7 @@ def test_killed_ingest_is_completed_by_the_next(
     assert run.returncode == -signal.SIGKILL, run.stderr.decode()
     if count == 1:
         assert store.content()["a"]["metrics"] == {}
-        assert "abf.journal.train.offset" not in store.content()["a"]["tags"]
+        assert f"{BOOKKEEPING}journal.train.offset" not in store.content()["a"]["tags"]
     store.ingest(plan)
     assert store.content() == clean.content()
 
@@ -88,7 +89,7 @@ def test_client_writer_resumes_after_points_without_offset(
     monkeypatch.setattr("abf.track.mlflow_store.sqlite_path", lambda uri: None)
     store = Store(tmp_path / "store", template)
     cell = make_cell(tmp_path / "results", "a")
-    plan = IngestPlan("study", "grid", [cell])
+    plan = make_plan(tmp_path / "results", cell)
     with monkeypatch.context() as patch:
 
         def points_only(self: ClientWriter, run_id: str, points: Any, tags: Any) -> None:
@@ -110,21 +111,21 @@ def test_client_writer_resumes_after_points_without_offset(
 def test_second_writer_is_refused(tmp_path: Path, template: Path):
     store = Store(tmp_path / "store", template)
     with lock(store.artifacts, "another ingest"), pytest.raises(LockError, match="another ingest"):
-        store.ingest(IngestPlan("study", "grid", []))
+        store.ingest(IngestPlan("study", "grid", [], tmp_path))
 
 
 def test_changed_parameter_is_named(tmp_path: Path, template: Path):
     store = Store(tmp_path / "store", template)
     cell = make_cell(tmp_path / "results", "a")
-    store.ingest(IngestPlan("study", "grid", [cell]))
+    store.ingest(make_plan(tmp_path / "results", cell))
     changed = replace(cell, params={"train.key1": "other"})
     with pytest.raises(ArtifactError, match=r"train\.key1 = '1'.*'other'"):
-        store.ingest(IngestPlan("study", "grid", [changed]))
+        store.ingest(make_plan(tmp_path / "results", changed))
 
 
 def test_moved_project_is_refused(tmp_path: Path, template: Path):
     store = Store(tmp_path / "store", template)
-    plan = IngestPlan("study", "grid", [make_cell(tmp_path / "results", "a")])
+    plan = make_plan(tmp_path / "results", make_cell(tmp_path / "results", "a"))
     store.ingest(plan)
     store.artifacts = tmp_path / "elsewhere"
     with pytest.raises(ArtifactError, match="moved or copied"):
@@ -142,7 +143,8 @@ resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000))
 root = Path(sys.argv[1])
 try:
     uri = f"sqlite:///{root / 'mlflow.db'}"
-    ingest(IngestPlan("study", "grid", []), tracking_uri=uri, artifact_root=root / "artifacts")
+    plan = IngestPlan("study", "grid", [], root)
+    ingest(plan, tracking_uri=uri, artifact_root=root / "artifacts")
 except ArtifactError as error:
     print(error)
 """
@@ -173,7 +175,7 @@ def test_damaged_store_is_named_through_mlflow(tmp_path: Path, template: Path):
     store = Store(tmp_path, template)
     (tmp_path / "mlflow.db").write_bytes(b"no database " * 1000)
     with pytest.raises(ArtifactError) as caught:
-        store.ingest(IngestPlan("study", "grid", []))
+        store.ingest(IngestPlan("study", "grid", [], tmp_path))
     assert f"store {tmp_path / 'mlflow.db'}: file is not a database" in str(caught.value)
     assert "move the file away" in str(caught.value)
 

@@ -14,8 +14,10 @@ from abf.errors import ArtifactError
 from abf.track.attempts import ATTEMPTS, HEARTBEAT, attempt
 from abf.track.journal import Journal
 from abf.track.mlflow_points import clean_key, journal_stage, read_new_points
-from abf.track.mlflow_records import MAX_PARAM_CHARACTERS, cell_progress, clean_params
+from abf.track.mlflow_progress import Progress, charge
+from abf.track.mlflow_records import MAX_PARAM_CHARACTERS, clean_params
 from abf.track.outcomes import attempt_outcomes
+from tests.track.cells import rows_of
 
 
 def running_record(attempt: int, start: float, **changes: object) -> dict[str, object]:
@@ -86,23 +88,35 @@ def test_other_host_is_judged_by_its_heartbeat(tmp_path: Path):
     assert attempt_outcomes(tmp_path)[0]["state"] == "KILLED"
 
 
+def state_of(results: Path, *stages: str) -> Progress | None:
+    """Of directories `{stage}/x`, all charged to one run."""
+    found, shared = charge(
+        results, rows_of(results), {"x": {stage: results / stage / "x" for stage in stages}}
+    )
+    assert shared is None
+    return found["x"]
+
+
 def test_progress_states(tmp_path: Path):
-    assert cell_progress({"train": tmp_path / "none"}) is None
+    assert state_of(tmp_path, "train") is None
     end = {"reason": "", "end": 1010.0, "elapsed_s": 10.0}
-    first = running_record(1, 1000.0)
-    write_attempts(tmp_path / "t", first, first | end | {"state": "FAILED"})
-    progress = cell_progress({"train": tmp_path / "t", "score": tmp_path / "s"})
-    assert progress is not None
-    assert (progress.status, progress.failed, progress.end) == ("FAILED", 1, 1_010_000)
-    assert progress.core_hours == pytest.approx(2 * 10 / 3600)
-    write_attempts(tmp_path / "t", first, first | end | {"state": "COMPLETED"})
-    (tmp_path / "t" / "manifest.json").write_text("{}")
-    progress = cell_progress({"train": tmp_path / "t", "score": tmp_path / "s"})
-    assert progress is not None
-    assert (progress.status, progress.end) == ("RUNNING", None)
-    progress = cell_progress({"train": tmp_path / "t"})
-    assert progress is not None
-    assert progress.status == "FINISHED"
+    first = running_record(1, 1000.0) | {"run": "x"}
+    train = tmp_path / "train" / "x"
+    write_attempts(train, first, first | end | {"state": "FAILED"})
+    found = state_of(tmp_path, "train", "score")
+    assert found is not None
+    assert (found.status, found.start, found.end) == ("FAILED", 1_000_000, 1_010_000)
+    (row,) = found.charged("run")
+    assert (row["stage"], row["state"], row["host"]) == ("train", "FAILED", socket.gethostname())
+    assert row["core_hours"] == pytest.approx(2 * 10 / 3600)
+    write_attempts(train, first, first | end | {"state": "COMPLETED"})
+    (train / "manifest.json").write_text("{}")
+    found = state_of(tmp_path, "train", "score")
+    assert found is not None
+    assert (found.status, found.end) == ("RUNNING", 1_010_000)
+    found = state_of(tmp_path, "train")
+    assert found is not None
+    assert found.status == "FINISHED"
 
 
 def journal_at(tmp_path: Path, stage: str = "train") -> Path:

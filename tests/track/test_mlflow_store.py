@@ -8,26 +8,25 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from mlflow import MlflowClient
 
 from abf.track.journal import Journal
 from abf.track.mlflow_points import Point
-from abf.track.mlflow_records import IngestPlan
-from abf.track.mlflow_store import runs_page
+from abf.track.mlflow_store import BOOKKEEPING
+from abf.track.mlflow_view import GRIDS, experiment_tags, runs_page
 from abf.track.mlflow_writer import ClientWriter, SqliteWriter
-from tests.track.cells import STEPS, Store, make_cell, write_steps
+from tests.track.cells import STEPS, Store, make_cell, make_plan, write_steps
 
 
 def test_read_back(tmp_path: Path, template: Path):
     store = Store(tmp_path / "store", template)
-    plan = IngestPlan(
-        "study",
-        "grid",
-        [
-            make_cell(tmp_path / "results", "fixed-0"),
-            make_cell(tmp_path / "results", "fixed-1", finished=False),
-            replace(make_cell(tmp_path / "results", "x"), run="none", stage_dirs={}, journals=[]),
-        ],
-        figures=[tmp_path / "results" / "curve.svg"],
+    results = tmp_path / "results"
+    plan = make_plan(
+        results,
+        make_cell(results, "fixed-0"),
+        make_cell(results, "fixed-1", finished=False),
+        replace(make_cell(results, "x"), run="none", stage_dirs={}, journals=[]),
+        figures=[results / "curve.svg"],
     )
     counts = store.ingest(plan)
     expected = {"runs": 2, "runs_created": 3, "points": 2 * 3 * STEPS + 3, "waiting": 1}
@@ -61,17 +60,21 @@ def test_read_back(tmp_path: Path, template: Path):
     assert tags["mlflow.source.git.commit"] == "0" * 40
     assert tags["mlflow.runName"] == "fixed seed 0"
     assert tags["mlflow.parentRunId"] == "grid"
-    assert tags["abf.attempts"] == "3"
-    assert tags["abf.failed_attempts"] == "1"
-    assert float(tags["abf.core_hours"]) == pytest.approx(3 * 2 * 60 / 3600)
+    assert tags["abf.attempt_states"] == "1 FAILED, 2 COMPLETED"
+    assert tags["abf.charged"] == "train, score"
+    assert tags["abf.energy_source"] == "not measured"
+    assert done["latest"]["cost/attempts"] == 3
+    assert done["latest"]["cost/failed_attempts"] == 1
+    assert done["latest"]["cost/core_hours"] == pytest.approx(3 * 2 * 60 / 3600)
+    assert not {"cost/node_hours", "cost/gpu_hours", "cost/energy_kwh"} & done["latest"].keys()
     assert tags["abf.job_ids"] == "train-fixed-0-1 train-fixed-0-2 score-fixed-0-1"
-    assert int(tags["abf.journal.train.offset"]) == journal.stat().st_size
+    assert int(tags[f"{BOOKKEEPING}journal.train.offset"]) == journal.stat().st_size
     assert tags["attempts.train"] == "FAILED 60.0 s (boom), COMPLETED 60.0 s"
 
     assert done["info"] == ("FINISHED", 1_700_000_000_000, 1_700_000_460_000)
     assert failed["info"][0] == "FAILED"
     assert grid["info"][0] == "FAILED"
-    assert list(grid["files"]) == ["figures/curve.svg"]
+    assert list(grid["files"]) == ["attempts.csv", "figures/curve.svg"]
     assert "3 cells, 1 not begun" in grid["tags"]["mlflow.note.content"]
     assert done["inputs"] == [
         ("packed-fixed", ("ee" * 32)[:36], [("mlflow.data.context", "train")])
@@ -91,14 +94,14 @@ def test_read_back(tmp_path: Path, template: Path):
 def test_twice_is_once_and_a_finished_cell_is_completed_later(tmp_path: Path, template: Path):
     store = Store(tmp_path / "store", template)
     results = tmp_path / "results"
-    plan = IngestPlan("study", "grid", [make_cell(results, "a", finished=False)])
+    plan = make_plan(results, make_cell(results, "a", finished=False))
     store.ingest(plan)
-    first = store.content()
+    first = store.tables()
     assert store.ingest(plan)["points"] == 0
-    assert store.content() == first
+    assert store.tables() == first
 
     # The same cell, finished; a second cell joins the grid and reuses the parent.
-    plan = IngestPlan("study", "grid", [make_cell(results, "a"), make_cell(results, "b")])
+    plan = make_plan(results, make_cell(results, "a"), make_cell(results, "b"))
     assert store.ingest(plan)["runs_created"] == 1
     content = store.content()
     assert content["a"]["info"][0] == "FINISHED"
@@ -108,7 +111,7 @@ def test_twice_is_once_and_a_finished_cell_is_completed_later(tmp_path: Path, te
 def test_cut_and_replayed_journal_adds_no_step_twice(tmp_path: Path, template: Path):
     store = Store(tmp_path / "store", template)
     cell = make_cell(tmp_path / "results", "a")
-    plan = IngestPlan("study", "grid", [cell])
+    plan = make_plan(tmp_path / "results", cell)
     store.ingest(plan)
     before = store.content()["a"]["metrics"]
     with Journal(cell.journals[0]) as journal:
@@ -124,8 +127,6 @@ def test_cut_and_replayed_journal_adds_no_step_twice(tmp_path: Path, template: P
 
 
 def test_both_writers_give_the_same_store(tmp_path: Path, template: Path):
-    from mlflow import MlflowClient
-
     points = [
         *(Point("loss", 1 / step, 1000 + step, step) for step in range(1, 2000)),
         Point("late", 1.0, 50, 3),
@@ -152,8 +153,27 @@ def test_both_writers_give_the_same_store(tmp_path: Path, template: Path):
     assert found[0]["latest"]["late"] == 1.0
 
 
-def test_address_of_the_runs():
-    assert runs_page("3") == (
-        "/#/experiments/3/runs?workflowType=machine_learning&orderByKey=attributes.run_name"
-        "&orderByAsc=true&searchFilter=tags.%60abf.kind%60%20%3D%20%22cell%22"
-    )
+def test_saved_views_are_what_the_addresses_name(tmp_path: Path, template: Path):
+    """Seen in a browser: the names of columns and keys are MLflow's own."""
+    address = "/#/experiments/3/runs?workflowType=machine_learning&viewStateShareKey="
+    assert runs_page("3") == f"{address}abf-cells"
+    assert runs_page("3", GRIDS) == f"{address}abf-grids"
+    store = Store(tmp_path / "store", template)
+    results = tmp_path / "results"
+    counts = store.ingest(make_plan(results, make_cell(results, "a")))
+    client = MlflowClient(tracking_uri=store.uri)
+    experiment = counts["experiment"]
+    tags = client.get_experiment(experiment).tags
+    assert tags == experiment_tags()
+    view = json.loads(tags["mlflow.sharedViewState.abf-cells"])
+    shown = json.loads(view["state"])["selectedColumns"]
+    metrics = [name.split("`")[1] for name in shown if name.startswith("metrics.")]
+    cell = store.content()["a"]
+    assert {name for name in metrics if name in cell["latest"]} == {
+        "cost/attempts", "cost/failed_attempts", "cost/core_hours", "train/loss",
+    }  # fmt: skip
+    assert "abf.attempt_states" in cell["tags"]
+    # A store from before the views gets them.
+    client.delete_experiment_tag(experiment, "mlflow.sharedViewState.abf-cells")
+    store.ingest(make_plan(results, make_cell(results, "a")))
+    assert client.get_experiment(experiment).tags == tags

@@ -6,11 +6,12 @@ from pathlib import Path
 
 from snakemake.exceptions import WorkflowError
 
+from abf.cluster.config import StorageConfig
 from abf.driver import claim, notice_soon
 from abf.errors import AbfError, os_fault
 from abf.grid import load_study
 from abf.plan import Plan
-from abf.site import load_site
+from abf.site import load_site, load_storage
 from abf.stages import STAGES
 
 STUDY = config.get("study") or os.environ.get("ABF_STUDY", "config/grids/demo.yaml")
@@ -24,15 +25,6 @@ shell.prefix(
     "keep() {{ trap '' INT TERM; exec tee -p \"$1\"; }}; "
 )
 
-try:
-    PLAN = Plan(load_study(Path(STUDY)), RESULTS)
-    PLAN.write()
-except (AbfError, OSError) as error:
-    raise WorkflowError(os_fault(error) or str(error))
-
-
-# On a cluster (profiles/leonardo sets this) training is a job of its own, and its rule only waits.
-SUBMIT = bool(os.environ.get("ABF_SUBMIT"))
 DRY = {
     "-n",
     "-np",
@@ -43,6 +35,23 @@ DRY = {
     "--dag",
     "--rulegraph",
 }
+IS_DRIVER = workflow.is_main_process
+IS_DRY = bool(DRY.intersection(sys.argv))
+# On a cluster (profiles/leonardo sets this) training is a job of its own, and its rule only waits.
+SUBMIT = bool(os.environ.get("ABF_SUBMIT"))
+
+try:
+    PLAN = Plan(load_study(Path(STUDY)), RESULTS)
+    STORAGE = load_storage() if IS_DRIVER else StorageConfig()
+    PURGED = bool(STORAGE.work or STORAGE.scratch)
+    if PURGED:
+        # Before the plan is written: what comes back has its own config.json, with its time.
+        from abf.keep import bring_back
+
+        bring_back(PLAN, STORAGE, dry=IS_DRY, submits=SUBMIT)
+    PLAN.write()
+except (AbfError, OSError) as error:
+    raise WorkflowError(os_fault(error) or str(error))
 
 
 def at(stage, name):
@@ -66,9 +75,25 @@ onstart:
         raise WorkflowError(str(error))
 
 
+def keep():
+    """Copy what is finished to where nothing is purged."""
+    if PURGED and not IS_DRY:
+        from abf.keep import keep_finished
+
+        keep_finished(PLAN, STORAGE)
+
+
+onsuccess:
+    keep()
+
+
+onerror:
+    keep()
+
+
 if SUBMIT:
     notice_soon()
-    if workflow.is_main_process and not DRY.intersection(sys.argv):
+    if IS_DRIVER and not IS_DRY:
         # Heavier than planning, so only where it is needed.
         from abf.resume import take_over
 
@@ -85,3 +110,6 @@ if SUBMIT:
         mlflow,
         report,
         train,
+
+
+keep()
