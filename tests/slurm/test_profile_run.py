@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -167,6 +168,35 @@ def test_a_driver_killed_in_training_and_in_a_short_job_submits_nothing_twice(
     comments = [row["Comment"] for row in begun.jobs()]
     assert len(comments) == len(set(comments)), comments
     read_manifest(begun.folder / "results" / begun.plan()["cells"][0]["score"])
+
+
+def test_scratch_is_emptied_between_two_runs(begun: Site, report: Report) -> None:
+    scratch, work = begun.folder / "scratch", begun.folder / "work"
+    scratch.mkdir()
+    work.mkdir()
+    shutil.move(begun.folder / "results", scratch / "results")
+    os.symlink(scratch / "results", begun.folder / "results")
+    path = Path(begun.env["XDG_CONFIG_HOME"]) / "abf" / "site.yaml"
+    path.write_text(f"{SITE}storage: {{work: {work}, scratch: {scratch}, purge_days: 40}}\n")
+    done = begun.call(*begun.snakemake("--until", "train"))
+    assert done.returncode == 0, done.stdout[-5000:]
+    train = begun.folder / "results" / begun.plan()["cells"][0]["train"]
+    place = f"train/{train.name}"
+    before, jobs = (train / "model" / "model.safetensors").read_bytes(), len(begun.jobs())
+    shutil.rmtree(scratch)
+    # The model is in the kept copies; what the tokens were is not.
+    (lost,) = work.glob("abf-results/*/tokenize/*")
+    shutil.rmtree(lost)
+    began = time.time()
+    done = begun.call(*begun.snakemake("--until", "train"))
+    assert done.returncode == 0, done.stdout[-5000:]
+    assert f"restored {place} " in done.stdout
+    assert f"lost: tokenize/{lost.name}: " in done.stdout
+    assert (train / "model" / "model.safetensors").read_bytes() == before
+    new = [row["Comment"] for row in begun.jobs()[jobs:]]
+    assert not [comment for comment in new if comment.startswith("abf train")], new
+    report("scratch emptied between two runs", "restored from the project area; what is not "
+           "there is named and made again", time.time() - began)  # fmt: skip
 
 
 def test_every_cell_of_a_grid_waits_in_the_queue_at_once(begun: Site) -> None:
