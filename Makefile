@@ -94,7 +94,7 @@ slurm-box-down: $(VENV)/dev.stamp  ## end it and delete its state
 	@python -m tests.slurm.box down
 
 reliability: $(VENV)/dev.stamp  ## faults on a Slurm in a box, to docs/reliability.md
-	@rows=$$(mktemp) && ABF_RELIABILITY=$$rows pytest tests/slurm/test_faults.py tests/slurm/test_launch.py \
+	@rows=$$(mktemp) && ABF_RELIABILITY=$$rows pytest -n 2 --dist worksteal tests/slurm/test_faults.py tests/slurm/test_launch.py \
 	tests/slurm/test_profile_run.py && python -m tests.slurm.reliability $$rows; rm -f $$rows
 
 clean:  ## caches and logs; results/ is never touched

@@ -46,21 +46,27 @@ def run(folder: Path, env: Mapping[str, str], *profile: str) -> float:
     return time.monotonic() - began
 
 
-def waits(box: Box, folder: Path) -> tuple[float, int]:
-    """Seconds in which jobs from this folder waited and none ran; number of jobs."""
+def phases(box: Box, folder: Path) -> tuple[float, float, int]:
+    """Of the jobs from this folder: seconds in which one ran, seconds in which one waited and none
+    ran, and their number; prints each job's."""
     text = box.run(
         "sacct", "--allocations", "--noheader", "--parsable2", "--starttime=1970-01-02",
-        "--format=Submit,Start,End,WorkDir",
+        "--format=Submit,Start,End,Comment,WorkDir",
     ).stdout  # fmt: skip
     rows = [line.split("|") for line in text.splitlines() if line.endswith(f"|{folder}")]
     times = [[datetime.fromisoformat(field).timestamp() for field in row[:3]] for row in rows]
     edges = sorted({moment for row in times for moment in row})
-    alone = 0.0
+    for row in rows:
+        waited, ran = (datetime.fromisoformat(b) - datetime.fromisoformat(a)
+                       for a, b in pairwise(row[:3]))  # fmt: skip
+        print(f"  {row[3]:<60.60} {waited.seconds:>4} s waiting {ran.seconds:>4} s", flush=True)
+    running = alone = 0.0
     for begin, end in pairwise(edges):
         ran = any(start <= begin and end <= ended for _, start, ended in times)
         waited = any(asked <= begin and end <= start for asked, start, _ in times)
+        running += (end - begin) * ran
         alone += (end - begin) * (waited and not ran)
-    return alone, len(rows)
+    return running, alone, len(rows)
 
 
 def main() -> None:
@@ -83,10 +89,11 @@ def main() -> None:
                     str(ROOT / "profiles" / "leonardo"),
                     "--slurm-init-seconds-before-status-checks", "3", "--latency-wait", "5",
                 )  # fmt: skip
-                waited, jobs = waits(box, Path(two))
+                ran, waited, jobs = phases(box, Path(two))
             print(
-                f"round {number + 1}: local {local:.0f} s; box {slurm:.0f} s with {jobs} jobs, of "
-                f"which {waited:.0f} s waits: {(slurm - waited) / local:.2f} times without them",
+                f"round {number + 1}: local {local:.0f} s; box {slurm:.0f} s with {jobs} jobs: "
+                f"{ran:.0f} s of work, {waited:.0f} s in the queue, {slurm - ran - waited:.0f} s "
+                "between jobs and in the driver",
                 flush=True,
             )
     finally:
