@@ -272,12 +272,17 @@ def read_plan(path: Path) -> PlanDocument:
     """A plan file.
 
     Raises:
-        ArtifactError: there is none.
+        ArtifactError: there is none, or it is damaged.
     """
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ArtifactError(f"{path} does not exist; `abf plan STUDY.yaml` writes it") from None
+    except ValueError as error:
+        raise ArtifactError(
+            f"{path} is damaged ({error}): `abf plan STUDY.yaml` writes it again; delete it if its "
+            "study is no longer wanted"
+        ) from None
 
 
 def read_plans(results: Path) -> list[PlanDocument]:

@@ -30,6 +30,8 @@ WARNING_SECONDS = 180
 GRACE_SECONDS = 120
 """How long a requeued job waits to be ended by Slurm."""
 TAIL_LINES = 15
+ENDS = ("finished", "failed", "stopped")
+"""States that a driver writes down when it ends by itself, or is ended by `stop`."""
 
 
 class Drive:
@@ -115,7 +117,13 @@ class Drive:
         if not record:
             return f"{self.results} was never driven; `abf drive start STUDY` begins"
         job = self.job()
-        now = f"{job.state} {job.reason}, {job.time_left} left" if job else record["state"]
+        if job is not None:
+            reason = f" {job.reason}" if job.state in slurm.WAITING else ""
+            now = f"{job.state}{reason}, {job.time_left} left"
+        elif record["state"] in ENDS:
+            now = record["state"]
+        else:
+            now = f"{record['state']} when last heard of, and gone: `abf drive start` goes on"
         lines = self.log.read_text(encoding="utf-8").splitlines() if self.log.exists() else []
         head = f"driver job {record['job_id']} on {record['study']}: {now}; log {self.log}"
         return "\n".join([head, *lines[-TAIL_LINES:]])

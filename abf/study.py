@@ -184,8 +184,10 @@ def serve_ui(results: Path, port: int) -> None:
     """Ingest every study below `results` and serve the MLflow UI on loopback until Ctrl-C.
 
     Raises:
-        ConfigError: there is no study yet, or the port is taken.
+        ConfigError: there is no study yet, or the port is taken or none.
     """
+    if not 0 <= port <= 65535:
+        raise ConfigError(f"port {port} does not exist: take one of 1 to 65535, 0 for a free one")
     plans = read_plans(results)
     if not plans:
         raise ConfigError(f"{results} holds no study yet; run `make demo` first")

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from abf.drive import Drive
+from abf.errors import ArtifactError, ConfigError
 from abf.files import lock
 from abf.grid import load_study
 from abf.plan import Plan
@@ -22,6 +24,7 @@ from abf.seeing.planned import Planned, read_planned
 from abf.stage import stage
 from abf.stages import ENDS, MANIFEST, STAGES
 from abf.status import Page, duration, hours, render, show_status
+from abf.study import serve_ui
 from abf.track.attempts import ATTEMPTS
 from abf.track.journal import Journal
 from abf.track.pace import read_pace
@@ -306,3 +309,25 @@ def test_figures_in_words() -> None:
         "2.3 days",
     ]
     assert hours(Hours(0.5, 1234)) == "0.5 core-hours and 1,234 node-hours"
+
+
+def test_a_damaged_plan_is_named(plan: Plan) -> None:
+    plan.path.write_text("{bad")
+    with pytest.raises(ArtifactError, match=f"{plan.path} is damaged .*`abf plan STUDY.yaml`"):
+        read_planned(RESULTS, None)
+
+
+def test_a_driver_that_ended_without_a_word_is_not_said_to_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    record = {"job_id": "7", "study": "grid.yaml", "state": "running"}
+    drive = Drive(tmp_path)
+    drive.folder.mkdir()
+    (drive.folder / "drive.json").write_text(json.dumps(record))
+    monkeypatch.setattr(drive, "job", lambda: None)
+    assert "running when last heard of, and gone: `abf drive start`" in drive.status()
+
+
+def test_a_port_that_cannot_be_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="port 99999 does not exist"):
+        serve_ui(tmp_path, 99999)

@@ -10,6 +10,7 @@ rule base:
         "logs/base/{key}.log",
     benchmark:
         at("base", "benchmark.tsv")
+    retries: 0  # a loss that is not a number would be none the second time, and be paid for again
     threads: 1 if SUBMIT else PLAN.threads("base")
     params:
         version=version("base"),
@@ -41,6 +42,7 @@ rule train:
         "logs/train/{key}.log",
     benchmark:
         at("train", "benchmark.tsv")
+    retries: 0
     threads: 1 if SUBMIT else PLAN.threads("train")
     params:
         version=version("train"),
