@@ -43,7 +43,7 @@ def scheduled_rows(
         ClusterError: the accounting does not answer.
     """
     if was_scheduled(results, places):
-        records = fresh_records(results)
+        records = fresh_records(results, _place_of_id(results, places))
         store_records(results, records)
     else:
         records = kept_records(results)
@@ -63,7 +63,7 @@ def rows_so_far(
     records = kept_records(results)
     if was_scheduled(results, places):
         try:
-            records = fresh_records(results)
+            records = fresh_records(results, _place_of_id(results, places))
         except ClusterError as error:
             trouble.append(f"node-hours are as of the last ledger: {str(error).splitlines()[0]}")
     scheduled = slurm_rows(records.values(), places, results, full_billing=node.billing)
@@ -82,14 +82,28 @@ def was_scheduled(results: Path, places: Iterable[str]) -> bool:
     )
 
 
-def fresh_records(results: Path) -> Records:
+def _place_of_id(results: Path, places: Iterable[str]) -> dict[str, str]:
+    """Place by the id of each job of the scheduler's that we know to have worked on it."""
+    found: dict[str, str] = {}
+    for place in places:
+        ids = [record["job_id"] for record in read_attempts(results / place)]
+        for job_id in (*ids, job_record(results / place).get("job_id") or ""):
+            if job_id.isdigit():
+                found[job_id] = place
+    return found
+
+
+def fresh_records(results: Path, ids: Collection[str] = ()) -> Records:
     """Kept records of our jobs and what the scheduler knows beyond them, by `Attempt.key`.
+
+    Args:
+        ids: of jobs that are ours although the scheduler may have lost what it was told of them.
 
     Raises:
         ClusterError: the accounting does not answer.
     """
     known = kept_records(results)
-    return known | {a.key: a for a in ours(history(since=changed_since(known.values())))}
+    return known | {a.key: a for a in ours(history(since=changed_since(known.values())), ids)}
 
 
 def kept_records(results: Path) -> Records:
@@ -125,13 +139,15 @@ def changed_since(known: Collection[Attempt]) -> int:
     return max(0, min([newest, *unfinished]) - OVERLAP_S)
 
 
-def ours(attempts: Iterable[Attempt]) -> Iterator[Attempt]:
+def ours(attempts: Iterable[Attempt], ids: Collection[str] = ()) -> Iterator[Attempt]:
     """Those that are jobs of this working folder's, from what the scheduler was told of them."""
     here = os.path.realpath(Path.cwd())
     # Every job of a study names the same folder; to resolve it costs a look at each of its parts.
     resolve = functools.lru_cache(os.path.realpath)
     for attempt in attempts:
-        if is_ours(attempt.comment) and resolve(attempt.workdir) == here:
+        # A database that was away when a controller restarted knows a job by its id alone.
+        bare = not attempt.comment and attempt.job_id in ids
+        if bare or (is_ours(attempt.comment) and resolve(attempt.workdir) == here):
             yield attempt
 
 
@@ -145,12 +161,15 @@ def slurm_rows(
         places: `{stage}/{key}` of the study's directories.
         full_billing: what an hour of a full node is billed.
     """
-    place_of = by_comment(places)
+    places = list(places)
+    place_of, place_of_id = by_comment(places), _place_of_id(results, places)
     numbers: dict[str, int] = {}
     measured: dict[str, dict[str, list[dict[str, Any]]]] = {}
     rows = []
     for attempt in sorted(attempts, key=lambda a: (a.submit, a.job_id)):
         place = place_of.get(attempt.comment)
+        if place is None and not attempt.comment:
+            place = place_of_id.get(attempt.job_id)
         if place is None:
             continue
         numbers[attempt.job_id] = numbers.get(attempt.job_id, 0) + 1

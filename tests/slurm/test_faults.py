@@ -192,6 +192,8 @@ def test_controller_and_database_go_away(
     directory = study.plan(LONG)
     waiting = study.start(directory)
     job = at_work(directory)
+    # What the controller has not handed over yet when it is restarted, it forgets in part.
+    wait_attempts(study.box, job, "RUNNING")
     began = time.time()
     study.box.stop_accounting()
     try:
