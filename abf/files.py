@@ -59,6 +59,14 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n")
 
 
+def read_if_json(path: Path) -> dict[str, Any] | None:
+    """JSON of a file; none when it is missing or no JSON."""
+    try:
+        return json.loads(path.read_bytes())
+    except (FileNotFoundError, NotADirectoryError, ValueError):
+        return None
+
+
 def sha256(path: Path) -> str:
     """Hash of a file's bytes."""
     with open(path, "rb") as handle:

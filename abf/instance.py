@@ -13,6 +13,7 @@ from typing import Any
 
 from abf.cluster.config import LaunchConfig
 from abf.data.local import matching_files
+from abf.files import read_if_json
 from abf.hardware import resolve_precision
 from abf.stages import STAGES
 
@@ -123,11 +124,3 @@ def write_if_changed(path: Path, document: dict[str, Any]) -> bool:
     temporary.write_text(json.dumps(document, indent=1, sort_keys=True) + "\n", encoding="utf-8")
     os.replace(temporary, path)
     return True
-
-
-def read_if_json(path: Path) -> dict[str, Any] | None:
-    """JSON of a file; none when it is missing or no JSON (it is then written again)."""
-    try:
-        return json.loads(path.read_bytes())
-    except (FileNotFoundError, ValueError):
-        return None

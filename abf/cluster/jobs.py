@@ -46,6 +46,12 @@ def job_record(directory: Path) -> dict[str, Any]:
     return json.loads(path.read_bytes()) if path.exists() else {}
 
 
+def by_id(results: Path, places: Iterable[str]) -> dict[str, str]:
+    """Id of the last submitted job -> place, of those places that have one."""
+    ids = {place: job_record(results / place).get("job_id") for place in places}
+    return {job_id: place for place, job_id in ids.items() if job_id}
+
+
 def write_job_record(directory: Path, record: Mapping[str, Any]) -> None:
     """Replace the record, atomically."""
     write_json(directory / RECORD, record)

@@ -18,8 +18,7 @@ from abf.artifacts import damage, publish
 from abf.cluster.disks import LEAST_FREE, free_bytes, spoken
 from abf.cluster.jobs import job_record, write_job_record
 from abf.errors import ArtifactError, LockError
-from abf.files import lock
-from abf.instance import read_if_json
+from abf.files import lock, read_if_json
 from abf.keeping.copies import (
     Unfaithful,
     copy_beside,

@@ -22,8 +22,7 @@ from abf.artifacts import damage
 from abf.cluster.config import StorageConfig
 from abf.cluster.disks import LEAST_FREE, free_bytes, read_quota, spoken
 from abf.errors import ArtifactError
-from abf.files import fsync_path, lock, sha256, write_json
-from abf.instance import read_if_json
+from abf.files import fsync_path, lock, read_if_json, sha256, write_json
 from abf.keeping.copies import (
     Unfaithful,
     copy_beside,

@@ -22,10 +22,9 @@ from pathlib import Path
 from abf.artifacts import PlanDocument, damage, read_plans
 from abf.cluster import slurm
 from abf.cluster.disks import survey
-from abf.cluster.jobs import RECORD, by_comment, job_record, write_job_record
+from abf.cluster.jobs import RECORD, by_comment, by_id, job_record, write_job_record
 from abf.errors import LockError
-from abf.files import lock, write_json
-from abf.instance import read_if_json
+from abf.files import lock, read_if_json, write_json
 from abf.keeping.restore import STAGING as RESTORING
 from abf.keeping.store import LIST, Store, declared, unfinished_copies
 from abf.stage import DONE, STAGING
@@ -94,9 +93,10 @@ def at_work(results: Path, places: Sequence[str]) -> set[str]:
             living.add(place)
     queue = [job for job in slurm.queue() if job.live] if slurm.available() else []
     if queue:
-        said = by_comment(places)
-        by_id = {job_record(results / p).get("job_id"): p for p in places}
-        living |= {p for job in queue for p in (by_id.get(job.job_id), said.get(job.comment)) if p}
+        # Of whichever folder: what only looks like another's job is left alone as well.
+        said, submitted = by_comment(places), by_id(results, places)
+        known = ((submitted.get(job.job_id), said.get(job.comment)) for job in queue)
+        living |= {place for pair in known for place in pair if place}
     return living
 
 

@@ -18,7 +18,7 @@ from typing import Any
 from abf.cluster import slurm
 from abf.cluster.config import NodeConfig
 from abf.cluster.history import Attempt, history
-from abf.cluster.jobs import by_comment, is_ours, job_record
+from abf.cluster.jobs import by_comment, by_id, is_ours, job_record
 from abf.errors import ClusterError
 from abf.files import atomic_path
 from abf.ledger.build import ledger_rows, with_scheduled
@@ -73,24 +73,20 @@ def rows_so_far(
     return with_scheduled(own, scheduled)
 
 
-def was_scheduled(results: Path, places: Iterable[str]) -> bool:
+def was_scheduled(results: Path, places: Sequence[str]) -> bool:
     """Whether there is a scheduler to ask, and a job of its ever worked on one of these places."""
-    return slurm.available() and any(
-        job_record(results / place)
-        or any(record["job_id"].isdigit() for record in read_attempts(results / place))
-        for place in places
-    )
+    if not slurm.available():
+        return False
+    asked = any(job_record(results / place) for place in places)
+    return asked or bool(_place_of_id(results, places))
 
 
 def _place_of_id(results: Path, places: Iterable[str]) -> dict[str, str]:
     """Place by the id of each job of the scheduler's that we know to have worked on it."""
-    found: dict[str, str] = {}
-    for place in places:
-        ids = [record["job_id"] for record in read_attempts(results / place)]
-        for job_id in (*ids, job_record(results / place).get("job_id") or ""):
-            if job_id.isdigit():
-                found[job_id] = place
-    return found
+    places = list(places)
+    began = {r["job_id"]: place for place in places for r in read_attempts(results / place)}
+    # Of attempts without a scheduler the id is no number.
+    return {i: place for i, place in (began | by_id(results, places)).items() if i.isdigit()}
 
 
 def fresh_records(results: Path, ids: Collection[str] = ()) -> Records:

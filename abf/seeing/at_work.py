@@ -14,7 +14,7 @@ from pathlib import Path
 import psutil
 
 from abf.cluster import slurm
-from abf.cluster.jobs import by_comment, job_record
+from abf.cluster.jobs import by_comment, by_id
 from abf.errors import ClusterError
 from abf.seeing.planned import Planned
 
@@ -56,14 +56,10 @@ def jobs_by_place(planned: Planned, queue: Sequence[slurm.QueuedJob]) -> dict[st
     """Live jobs by place: by the id in `job.json`, or by what the scheduler was told of them."""
     if not queue:
         return {}
-    by_id: dict[str, str] = {}
-    said = by_comment(planned.places)
-    for place in planned.places:
-        if job_id := job_record(planned.results / place).get("job_id"):
-            by_id[job_id] = place
+    submitted, said = by_id(planned.results, planned.places), by_comment(planned.places)
     found = {}
     for job in queue:
-        place = by_id.get(job.job_id)
+        place = submitted.get(job.job_id)
         if place is None and _is_near(job, planned.results):
             place = said.get(job.comment)
         if place is not None:

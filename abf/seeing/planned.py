@@ -5,7 +5,6 @@ Nothing is written. A place is `{stage}/{key}`, a stage directory relative to th
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from abf.artifacts import PlanDocument, read_plans
+from abf.files import read_if_json
 from abf.grid import load_study
 from abf.plan import Plan
 from abf.stages import CONFIG, ENDS, STAGES
@@ -29,10 +29,7 @@ def slug(key: str) -> str:
 
 def read_document(directory: Path) -> Document | None:
     """`config.json` of a stage directory; none where there is none that can be read."""
-    try:
-        return json.loads((directory / CONFIG).read_bytes())
-    except (FileNotFoundError, NotADirectoryError, ValueError):
-        return None
+    return read_if_json(directory / CONFIG)
 
 
 def inputs_of(document: Document) -> dict[str, list[str]]:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import os
-import socket
 import time
 from datetime import datetime
 from pathlib import Path
@@ -16,33 +14,7 @@ from abf.artifacts import LEDGER, read_table
 from abf.errors import ArtifactError
 from abf.ledger.build import build_ledger
 from abf.track.attempts import ATTEMPTS, HEARTBEAT, attempt
-
-
-def record(directory: Path, number: int, start: float, **changes: Any) -> dict[str, Any]:
-    return {
-        "attempt": number,
-        "job_id": f"{directory.name}.{number}",
-        "host": socket.gethostname(),
-        "pid": 2**22 + 1,  # beyond pid_max: no such process
-        "pid_start": start,
-        "rule": directory.parent.name,
-        "run": directory.name,
-        "cores": 2,
-        "gpus": 0,
-        "start": start,
-        "state": "RUNNING",
-    } | changes
-
-
-def write(directory: Path, *records: dict[str, Any], tail: str = "") -> Path:
-    directory.mkdir(parents=True)
-    text = "".join(json.dumps(r) + "\n" for r in records) + tail
-    (directory / ATTEMPTS).write_text(text)
-    return directory
-
-
-def closing(start: float, seconds: float, state: str, reason: str = "") -> dict[str, Any]:
-    return {"state": state, "reason": reason, "end": start + seconds, "elapsed_s": seconds}
+from tests.attempts import closing, record, write
 
 
 def rows_of(out: Path) -> list[dict[str, Any]]:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
-import socket
 import sqlite3
 from pathlib import Path
 from typing import Any
@@ -19,34 +17,19 @@ from abf.track.attempts import ATTEMPTS
 from abf.track.journal import Journal
 from abf.track.mlflow_records import Cell, DatasetRef, IngestPlan
 from abf.track.mlflow_store import ingest
+from tests.attempts import closing, record, write
 
 STEPS = 40
 
 
 def write_attempts(directory: Path, states: list[str], start: float = 1.7e9) -> None:
     """Attempts of 60 s each, one after the other, with these end states."""
-    directory.mkdir(parents=True, exist_ok=True)
     lines = []
     for number, state in enumerate(states, start=1):
-        record: dict[str, Any] = {
-            "attempt": number,
-            "job_id": f"{directory.parent.name}-{directory.name}-{number}",
-            "host": socket.gethostname(),
-            "pid": 2**22 + 1,
-            "pid_start": start,
-            "rule": directory.parent.name,
-            "run": directory.name,
-            "cores": 2,
-            "gpus": 0,
-            "start": start,
-            "state": "RUNNING",
-        }
-        lines.append(record)
-        reason = "boom" if state == "FAILED" else ""
-        closing = {"state": state, "end": start + 60, "elapsed_s": 60.0, "reason": reason}
-        lines.append(record | closing)
+        opened = record(directory, number, start)
+        lines += [opened, opened | closing(start, 60.0, state, "boom" * (state == "FAILED"))]
         start += 100
-    (directory / ATTEMPTS).write_text("".join(json.dumps(line) + "\n" for line in lines))
+    write(directory, *lines)
 
 
 def write_steps(journal: Journal, first: int, last: int) -> None:
