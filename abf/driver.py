@@ -1,6 +1,6 @@
 """The driver, Snakemake's process: one at a time on a results folder, and what a dead one left.
 
-On a cluster a killed driver's jobs run on. They are recognised by folder, name and the rule and key
+On a cluster a killed driver's jobs run on. They are recognised by their name and the rule and key
 in their comment, and waited for before anything is submitted; what they finish is then only
 declared (`abf.stage.is_finished`), so no job's work is done twice.
 """
@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import atexit
 import contextlib
-import os
+import functools
 import sys
 import time
 from collections.abc import Collection
 from pathlib import Path
+from typing import Any
 
 from abf.cluster import slurm
-from abf.cluster.jobs import RULE_PREFIX, rule_comment
+from abf.cluster.jobs import rule_comment, tag
 from abf.cluster.slurm import QueuedJob
 from abf.files import lock
 
@@ -44,7 +45,7 @@ def claim(results: Path, study: str) -> None:
         atexit.register(_held.close)  # takes our name off the lock
 
 
-def settle(places: Collection[str], *, interval: float) -> None:
+def settle(results: Path, places: Collection[str], *, interval: float) -> None:
     """Wait until no job of an earlier driver is at work on these stage directories.
 
     Args:
@@ -55,7 +56,7 @@ def settle(places: Collection[str], *, interval: float) -> None:
         ClusterError: the scheduler does not answer.
     """
     told: set[str] = set()
-    while live := orphans(places):
+    while live := orphans(results, places):
         for job in live:
             if job.job_id not in told:
                 told.add(job.job_id)
@@ -68,22 +69,32 @@ def settle(places: Collection[str], *, interval: float) -> None:
         time.sleep(interval)
 
 
-def orphans(places: Collection[str]) -> list[QueuedJob]:
-    """Live jobs of Snakemake's that work on these stage directories, from this folder."""
-    comments = {rule_comment(place) for place in places}
+def orphans(results: Path, places: Collection[str]) -> list[QueuedJob]:
+    """Live jobs of Snakemake's that work on these stage directories of a results folder."""
+    comments, name = {rule_comment(place) for place in places}, tag(results)
     return [
         job
         for job in slurm.queue()
-        if job.live
-        and job.name.startswith(RULE_PREFIX)
-        and job.comment in comments
-        and os.path.realpath(job.workdir) == os.path.realpath(Path.cwd())
+        if job.live and job.name.startswith(name) and job.comment in comments
     ]
 
 
-def notice_soon() -> None:
-    """Cap the pause of Snakemake's Slurm executor between two looks at `NOTICE_SECONDS`."""
+def adapt_executor(results: Path) -> None:
+    """Let Snakemake's Slurm executor name its jobs after the results folder and log there; cap its
+    pause between two looks at `NOTICE_SECONDS`."""
     from snakemake_executor_plugin_slurm import Executor
+
+    begin = Executor.__post_init__
+
+    @functools.wraps(begin)
+    def named(self: Executor, *args: Any, **kwargs: Any) -> None:
+        # Its settings exist only now, after the Snakefile was read.
+        settings = self.workflow.executor_settings  # type: ignore[attr-defined]
+        settings.jobname_prefix = tag(results)
+        settings.logdir = results.resolve() / "logs" / "slurm"
+        begin(self, *args, **kwargs)
+
+    Executor.__post_init__ = named
 
     name = "_next_seconds"
 

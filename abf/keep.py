@@ -100,7 +100,7 @@ def bring_back(plan: Plan, storage: StorageConfig, *, dry: bool, submits: bool) 
     lost = frozenset(one.place for one in restore(gone, plan.results, store, say=_say))
     if lost:
         if submits:  # they read what is about to lose its name
-            settle(places, interval=load_site().poll_seconds)
+            settle(plan.results, places, interval=load_site().poll_seconds)
         inputs = {i.place: [up.place for up in i.direct] for i in plan.instances.values()}
         uncover(lost, inputs, plan.results)
 

@@ -10,7 +10,6 @@ for.
 
 from __future__ import annotations
 
-import hashlib
 import os
 import signal
 import sys
@@ -24,7 +23,7 @@ from submitit.core.utils import FailedJobError
 
 from abf.cluster import slurm
 from abf.cluster.config import LaunchConfig, SiteConfig
-from abf.cluster.jobs import job_record, launch_comment, write_job_record
+from abf.cluster.jobs import job_record, launch_comment, tag, write_job_record
 from abf.cluster.poll import UNKNOWN, JobState, Watch
 from abf.commands import Job, follow_stage, run_stage
 from abf.errors import ClusterError, Interrupted
@@ -160,8 +159,7 @@ class Launch:
     @property
     def job_name(self) -> str:
         """Unique to this directory on this disk; survives what the id does not."""
-        place = hashlib.sha256(str(self.directory.resolve()).encode()).hexdigest()[:8]
-        return f"abf-{self.name}-{self.directory.name}-{place}"
+        return f"{tag(self.job.results)}-{self.name}-{self.directory.name}"
 
     def _attached(self) -> str | None:
         """Id of this directory's live job, if there is one."""

@@ -37,7 +37,7 @@ def take_over(plan: Plan, site: SiteConfig) -> None:
         BudgetError: the plan does not fit; says by how much, and what to change.
     """
     claim(plan.results, str(plan.study.path))
-    settle([i.place for i in plan.instances.values()], interval=site.poll_seconds)
+    settle(plan.results, [i.place for i in plan.instances.values()], interval=site.poll_seconds)
     _declare_finished(plan)
     store_limits(site, plan.results)
     print(check_plan(plan, site), file=sys.stderr, flush=True)

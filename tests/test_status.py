@@ -86,7 +86,7 @@ def test_states_hours_and_the_last_failure(plan: Plan, monkeypatch: pytest.Monke
         stage("train", directory, inputs={}, config=None),
     ):
         raise ValueError("seven is no learning rate")
-    log = Path("logs", f"{failing.place}.log")
+    log = RESULTS / "logs" / f"{failing.place}.log"
     log.parent.mkdir(parents=True)
     log.write_text("".join(f"line {n}\n" for n in range(40)) + "\nValueError: seven\n")
     found = status()

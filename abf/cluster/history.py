@@ -32,7 +32,6 @@ _FIELDS = {
     "tres": "AllocTRES",
     "requested": "ReqTRES",
     "energy": "ConsumedEnergyRaw",
-    "workdir": "WorkDir",
 }
 
 
@@ -61,7 +60,6 @@ class Attempt:
     requested_billing: float
     energy_j: float | None
     """As the scheduler measured it; None where it does not."""
-    workdir: str
     user: str = ""
     tasks: int = 1
     """More than one only for the waiting tasks of a job array, which share one record."""
@@ -124,7 +122,6 @@ def parse(text: str) -> Iterator[Attempt]:
             gpus=int(tres.get("gres/gpu", 0)),
             requested_billing=float(requested.get("billing", 0)),
             energy_j=_energy(row["energy"]),
-            workdir=row["workdir"],
             user=row["user"],
             tasks=_tasks(row["shown_id"]),
         )

@@ -38,7 +38,6 @@ class QueuedJob:
     comment: str
     partition: str
     time_left: str
-    workdir: str
 
     @property
     def live(self) -> bool:
@@ -66,7 +65,6 @@ _QUEUE = {
     "comment": "%k",
     "partition": "%P",
     "time_left": "%L",
-    "workdir": "%Z",
 }
 _RECORD = {
     "job_id": "JobIDRaw",

@@ -19,9 +19,9 @@ from abf.artifacts import PlanDocument
 from abf.cluster import slurm
 from abf.cluster.config import AllocationConfig, LaunchConfig, SiteConfig
 from abf.cluster.history import Attempt, history
-from abf.cluster.jobs import by_comment
+from abf.cluster.jobs import Known, by_comment
 from abf.errors import BudgetError
-from abf.ledger.slurm import fresh_records, kept_records, ours
+from abf.ledger.slurm import fresh_records, kept_records
 
 
 @dataclass(frozen=True)
@@ -145,7 +145,8 @@ def measure(results: Path, site: SiteConfig) -> tuple[Used, list[Attempt]]:
         attempts = mine = list(fresh_records(results).values())
     else:
         attempts = list(history(since=int(begin), account=site.account, everybody=True))
-        mine = list((kept_records(results) | {a.key: a for a in ours(attempts)}).values())
+        ours = Known(results)
+        mine = list((kept_records(results) | {a.key: a for a in attempts if a in ours}).values())
     waiting = any(a.start is None and a.end is None for a in attempts)
     whole = _whole_nodes(site.account) if waiting else {}
     full = site.node.billing

@@ -7,10 +7,8 @@ job id and submit time: a site forgets old jobs, the ledger does not.
 
 from __future__ import annotations
 
-import functools
 import json
-import os
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -18,7 +16,7 @@ from typing import Any
 from abf.cluster import slurm
 from abf.cluster.config import NodeConfig
 from abf.cluster.history import Attempt, history
-from abf.cluster.jobs import by_comment, by_id, is_ours, job_record
+from abf.cluster.jobs import Known, by_comment, by_id, job_record
 from abf.errors import ClusterError
 from abf.files import atomic_path
 from abf.ledger.build import ledger_rows, with_scheduled
@@ -89,17 +87,18 @@ def _place_of_id(results: Path, places: Iterable[str]) -> dict[str, str]:
     return {i: place for i, place in (began | by_id(results, places)).items() if i.isdigit()}
 
 
-def fresh_records(results: Path, ids: Collection[str] = ()) -> Records:
+def fresh_records(results: Path, ids: Mapping[str, str] | None = None) -> Records:
     """Kept records of our jobs and what the scheduler knows beyond them, by `Attempt.key`.
 
     Args:
-        ids: of jobs that are ours although the scheduler may have lost what it was told of them.
+        ids: of jobs that we know of otherwise, with their places.
 
     Raises:
         ClusterError: the accounting does not answer.
     """
-    known = kept_records(results)
-    return known | {a.key: a for a in ours(history(since=changed_since(known.values())), ids)}
+    known, ours = kept_records(results), Known(results, ids)
+    since = changed_since(known.values())
+    return known | {a.key: a for a in history(since=since) if a in ours}
 
 
 def kept_records(results: Path) -> Records:
@@ -133,18 +132,6 @@ def changed_since(known: Collection[Attempt]) -> int:
     newest = max(attempt.submit for attempt in known)
     unfinished = [attempt.submit for attempt in known if attempt.end is None]
     return max(0, min([newest, *unfinished]) - OVERLAP_S)
-
-
-def ours(attempts: Iterable[Attempt], ids: Collection[str] = ()) -> Iterator[Attempt]:
-    """Those that are jobs of this working folder's, from what the scheduler was told of them."""
-    here = os.path.realpath(Path.cwd())
-    # Every job of a study names the same folder; to resolve it costs a look at each of its parts.
-    resolve = functools.lru_cache(os.path.realpath)
-    for attempt in attempts:
-        # A database that was away when a controller restarted knows a job by its id alone.
-        bare = not attempt.comment and attempt.job_id in ids
-        if bare or (is_ours(attempt.comment) and resolve(attempt.workdir) == here):
-            yield attempt
 
 
 def slurm_rows(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import socket
 import time
@@ -14,7 +13,7 @@ from pathlib import Path
 import psutil
 
 from abf.cluster import slurm
-from abf.cluster.jobs import by_comment, by_id
+from abf.cluster.jobs import by_comment, by_id, tag
 from abf.errors import ClusterError
 from abf.seeing.planned import Planned
 
@@ -47,7 +46,7 @@ def live_jobs(results: Path, trouble: list[str]) -> list[slurm.QueuedJob]:
     known = json.loads(path.read_bytes())["jobs"].items()
     states = [(job_id, s) for job_id, s in known if s["state"] in slurm.WAITING | slurm.ACTIVE]
     return [
-        slurm.QueuedJob(job_id, s["state"], s["reason"], "", "", "", s["time_left"], "")
+        slurm.QueuedJob(job_id, s["state"], s["reason"], "", "", "", s["time_left"])
         for job_id, s in states
     ]
 
@@ -57,20 +56,15 @@ def jobs_by_place(planned: Planned, queue: Sequence[slurm.QueuedJob]) -> dict[st
     if not queue:
         return {}
     submitted, said = by_id(planned.results, planned.places), by_comment(planned.places)
+    name = tag(planned.results)
     found = {}
     for job in queue:
         place = submitted.get(job.job_id)
-        if place is None and _is_near(job, planned.results):
+        if place is None and job.name.startswith(name):
             place = said.get(job.comment)
         if place is not None:
             found[place] = QueueEntry(job.job_id, job.state, job.reason, job.time_left)
     return found
-
-
-def _is_near(job: slurm.QueuedJob, results: Path) -> bool:
-    """Whether the job's folder is the one these results belong to."""
-    folder = Path(os.path.realpath(job.workdir))
-    return folder == Path.cwd() or Path(os.path.realpath(results)).is_relative_to(folder)
 
 
 @dataclass(frozen=True)

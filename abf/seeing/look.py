@@ -198,8 +198,6 @@ def _logs(results: Path, place: str) -> Iterator[Path]:
     own = (results / place / ".job").glob("*_0_log.err")
     filled = [path for path in own if path.stat().st_size]
     yield from sorted(filled, key=lambda path: path.stat().st_mtime, reverse=True)[:1]
-    # Snakemake writes them below the folder it was started in: this one, or that of the results.
-    for folder in dict.fromkeys((Path(), results.parent)):
-        path = folder / "logs" / f"{place}.log"
-        if path.exists():
-            yield path
+    path = results / "logs" / f"{place}.log"
+    if path.exists():
+        yield path

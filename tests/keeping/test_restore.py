@@ -194,7 +194,7 @@ def test_the_schedulers_records_come_back_and_are_only_added_to(tmp_path: Path) 
     record = {
         "cluster": "c", "job_id": "1", "name": "n", "comment": "abf train x", "account": "a",
         "submit": 1, "start": 2, "end": None, "elapsed_s": 5, "limit_min": 1, "state": "RUNNING",
-        "reason": "", "exit_code": "0:0", "billing": 32.0, "nodes": 1, "gpus": 4, "workdir": "/x",
+        "reason": "", "exit_code": "0:0", "billing": 32.0, "nodes": 1, "gpus": 4,
         "energy_j": None, "user": "u", "requested_billing": 32.0, "tasks": 1,
     }  # fmt: skip
     path = results / ".driver" / "records.jsonl"

@@ -9,6 +9,7 @@ from typing import Any
 
 from abf.cluster.config import AllocationConfig, SiteConfig
 from abf.cluster.history import _FIELDS
+from abf.cluster.jobs import tag
 from abf.cluster.slurm import SEPARATOR
 
 NOW = int(time.time())
@@ -33,9 +34,10 @@ def line(**changes: Any) -> str:
     """A record as sacct prints it; by default a node for an hour, completed."""
     tres = "billing=32,cpu=32,gres/gpu=4,mem=494000M,node=1"
     values = dict.fromkeys(_FIELDS, "") | {
-        "cluster": "leonardo", "job_id": "7", "user": "anna", "name": "job", "state": "COMPLETED",
-        "account": "euhpc_test", "submit": NOW - 7200, "start": NOW - 7200, "end": NOW - 3600,
-        "elapsed": 3600, "limit": 1440, "tres": tres, "requested": tres, "workdir": Path.cwd(),
+        "cluster": "leonardo", "job_id": "7", "user": "anna", "state": "COMPLETED",
+        "name": f"{tag(Path('results'))}-x", "account": "euhpc_test",
+        "submit": NOW - 7200, "start": NOW - 7200, "end": NOW - 3600,
+        "elapsed": 3600, "limit": 1440, "tres": tres, "requested": tres,
         "energy": "0", "reason": "None", "exit_code": "0:0",
     }  # fmt: skip
     values |= {"shown_id": values["job_id"]} | changes

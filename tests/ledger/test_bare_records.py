@@ -21,9 +21,9 @@ def test_a_job_without_a_comment_is_ours_by_its_id(
     (directory / "job.json").write_text(json.dumps({"job_id": "7", "name": "abf-train"}))
     monkeypatch.chdir(tmp_path)
     records(
-        line(job_id="7", comment="", workdir="", elapsed=1800),
-        line(job_id="8", comment="", workdir=""),  # a stranger's
-        line(job_id="7", comment="another's", workdir="/elsewhere", submit=1),  # a reused id
+        line(job_id="7", name="", comment="", elapsed=1800),
+        line(job_id="8", name="", comment=""),  # a stranger's
+        line(job_id="7", name="abf-else", comment="another's", submit=1),  # a reused id
     )
     (row,) = scheduled_rows(Path("results"), ["train/r-12345678"], node=NodeConfig())
     assert (row["job_id"], row["rule"], row["run"]) == ("7", "train", "r-12345678")

@@ -156,7 +156,7 @@ def test_a_studys_cap_binds_its_own_jobs(
     comment = "abf " + place.replace("/", " ", 1)
     records(
         line(comment=comment, state="NODE_FAIL"),
-        line(comment=comment, submit=NOW - 3600, elapsed=7200, workdir="/elsewhere"),
+        line(comment=comment, submit=NOW - 3600, elapsed=7200, name="abf-else"),
         line(job_id="9", user="colleague", elapsed=36_000),
     )
     free = SITE.model_copy(update={"allocation": None})

@@ -17,6 +17,7 @@ import pytest
 
 from abf.artifacts import LEDGER, read_manifest, read_table
 from abf.cluster.config import NodeConfig
+from abf.cluster.jobs import tag
 from abf.driver import orphans
 from tests.slurm.box import Box
 from tests.slurm.daemons import wait_for
@@ -110,6 +111,17 @@ def begun(box: Box, prepared: Study, tmp_path: Path) -> Iterator[Site]:
     found.end()
 
 
+def spent(site: Site, results: Path) -> str:
+    """What `abf status` counts; a results folder that is named from the root, from elsewhere."""
+    there = site.folder.parent if results.is_absolute() else site.folder
+    done = subprocess.run(
+        ["abf", "status", "--results", str(results)], cwd=there, env=site.env, text=True,
+        capture_output=True, check=True,
+    )  # fmt: skip
+    (line,) = [line for line in done.stdout.splitlines() if line.startswith("spent ")]
+    return line
+
+
 def test_the_users_command_runs_the_study_and_the_books_are_the_schedulers(site: Site) -> None:
     done = site.call(*site.snakemake())
     assert done.returncode == 0, done.stdout[-5000:]
@@ -148,6 +160,15 @@ def test_the_users_command_runs_the_study_and_the_books_are_the_schedulers(site:
     assert again.returncode == 0
     assert "Nothing to be done" in again.stdout
     assert len(site.jobs()) == len(jobs)
+
+    # Another results folder of the same checkout, with jobs of the same rules and keys.
+    before = spent(site, results)
+    assert " node-hours " in before
+    done = site.call(*site.snakemake("--until", "prepare"), "results=others")
+    assert done.returncode == 0, done.stdout[-5000:]
+    assert len(site.jobs()) == len(jobs) + 1
+    assert "in 2 attempts" in spent(site, site.folder / "others")  # fetch and prepare
+    assert spent(site, results) == before == spent(site, Path("results"))
 
 
 def test_a_driver_killed_in_training_and_in_a_short_job_submits_nothing_twice(
@@ -225,13 +246,14 @@ def test_a_dead_drivers_job_is_waited_for(site: Site, monkeypatch: pytest.Monkey
     cell = site.plan()["cells"][0]
     stage, _, key = cell["packed"].partition("/")
     comment = f"--comment=rule_{stage}_wildcards_{key}"
-    here = ("--chdir", str(site.folder))
-    job = submit(site.box, "sleep 8", "--job-name=abf_0000", comment, *here)
-    other = submit(site.box, "sleep 60", "--job-name=abf_0000", comment, "--chdir", "/tmp")
+    here, results = ("--chdir", str(site.folder)), site.folder / "results"
+    job = submit(site.box, "sleep 8", f"--job-name={tag(results)}_0000", comment, *here)
+    elsewhere = tag(site.folder / "others")  # another results folder of the same checkout
+    other = submit(site.box, "sleep 60", f"--job-name={elsewhere}_0000", comment, *here)
     monkeypatch.setenv("SLURM_CONF", site.env["SLURM_CONF"])
     monkeypatch.chdir(site.folder)
-    assert [found.job_id for found in orphans([f"{stage}/{key}"])] == [job]
-    assert orphans([f"{stage}/another"]) == []
+    assert [found.job_id for found in orphans(results, [f"{stage}/{key}"])] == [job]
+    assert orphans(results, [f"{stage}/another"]) == []
     done = site.call(*site.snakemake("--until", "fetch"))
     assert done.returncode == 0, done.stdout
     assert f"job {job} (rule_{stage}_wildcards_{key}" in done.stdout

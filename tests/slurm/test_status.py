@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 
+from abf.cluster.jobs import tag
 from tests.slurm.daemons import wait_for
 from tests.slurm.jobs import submit, wait_attempts, wait_state
 from tests.slurm.micro import LONG, Study
@@ -30,8 +31,8 @@ def test_status_sees_the_queue(study: Study) -> None:
     wait_for("a job", lambda: job_id(directory) is not None, seconds=30, every=0.1)
     score = next((study.folder / "results/score").iterdir()).name
     rule = submit(
-        study.box, "sleep 1", "--job-name=abf_0000", f"--comment=rule_score_wildcards_{score}",
-        "--chdir", str(study.folder),
+        study.box, "sleep 1", f"--job-name={tag(study.folder / 'results')}_0000",
+        f"--comment=rule_score_wildcards_{score}",
     )  # fmt: skip
     job = job_id(directory)
     said = abf(study, "status")

@@ -32,7 +32,7 @@ def job(number: int, place: str, **changes: Any) -> Attempt:
         "comment": f"abf {place.replace('/', ' ', 1)}", "submit": submit, "start": submit + 60,
         "end": submit + 3660, "elapsed_s": 3600, "limit_min": 60, "state": "COMPLETED",
         "reason": "", "exit_code": "0:0", "billing": 32.0, "nodes": 1, "gpus": 4,
-        "requested_billing": 32.0, "energy_j": 7.2e6, "workdir": "/work",
+        "requested_billing": 32.0, "energy_j": 7.2e6,
     }  # fmt: skip
     return Attempt(**(values | changes))
 

@@ -175,7 +175,7 @@ def test_a_gc_leaves_the_books_as_they_are(
     both, records = places(copy), {}
     for number, place in enumerate(both):
         record = Attempt("leonardo", str(number), "abf", rule_comment(place), "mine", number, 5, 65,
-                         60, 5, "COMPLETED", "None", "0:0", 32.0, 1, 4, 32.0, 7.0, ".")  # fmt: skip
+                         60, 5, "COMPLETED", "None", "0:0", 32.0, 1, 4, 32.0, 7.0)  # fmt: skip
         records[record.key] = record
     store_records(copy.results, records)
 

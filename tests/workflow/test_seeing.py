@@ -143,7 +143,7 @@ def test_a_training_at_work_then_killed(copy: Project) -> None:
     found = look(read_planned(copy.results, None))
     assert found.states[place] == "failed"
     assert found.failure is not None
-    assert found.failure.log == copy.folder / "logs" / f"{place}.log"
+    assert found.failure.log == copy.results / "logs" / f"{place}.log"
     said = abf(copy, "why", place, "grid.yaml")
     assert "attempt 1 was KILLED: ended without a closing record" in said
     assert "train.tokens: 5000 -> 200000" in said

@@ -7,7 +7,7 @@ from pathlib import Path
 from snakemake.exceptions import WorkflowError
 
 from abf.cluster.config import StorageConfig
-from abf.driver import claim, notice_soon
+from abf.driver import claim, adapt_executor
 from abf.errors import AbfError, os_fault
 from abf.grid import load_study
 from abf.plan import Plan
@@ -59,6 +59,11 @@ def at(stage, name):
     return f"{RESULTS}/{stage}/{{key}}/{name}"
 
 
+def log_of(stage):
+    """Path pattern of the log of a stage's rule."""
+    return f"{RESULTS}/logs/{stage}/{{key}}.log"
+
+
 def version(stage):
     """Stage version; as a parameter it reruns the stage when it is bumped."""
     return STAGES[stage].version
@@ -92,7 +97,7 @@ onerror:
 
 
 if SUBMIT:
-    notice_soon()
+    adapt_executor(RESULTS)
     if IS_DRIVER and not IS_DRY:
         # Heavier than planning, so only where it is needed.
         from abf.resume import take_over

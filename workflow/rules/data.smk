@@ -7,7 +7,7 @@ rule fetch:
     output:
         manifest=at("fetch", "manifest.json"),
     log:
-        "logs/fetch/{key}.log",
+        log_of("fetch"),
     benchmark:
         at("fetch", "benchmark.tsv")
     params:
@@ -22,7 +22,7 @@ rule prepare:
     output:
         manifest=at("prepare", "manifest.json"),
     log:
-        "logs/prepare/{key}.log",
+        log_of("prepare"),
     benchmark:
         at("prepare", "benchmark.tsv")
     params:
@@ -37,7 +37,7 @@ rule tokenizer:
     output:
         manifest=at("tokenizer", "manifest.json"),
     log:
-        "logs/tokenizer/{key}.log",
+        log_of("tokenizer"),
     benchmark:
         at("tokenizer", "benchmark.tsv")
     params:
@@ -52,7 +52,7 @@ rule tokenize:
     output:
         manifest=at("tokenize", "manifest.json"),
     log:
-        "logs/tokenize/{key}.log",
+        log_of("tokenize"),
     benchmark:
         at("tokenize", "benchmark.tsv")
     params:
@@ -67,7 +67,7 @@ rule segment:
     output:
         manifest=at("segment", "manifest.json"),
     log:
-        "logs/segment/{key}.log",
+        log_of("segment"),
     benchmark:
         at("segment", "benchmark.tsv")
     params:
@@ -82,7 +82,7 @@ rule pack:
     output:
         manifest=at("pack", "manifest.json"),
     log:
-        "logs/pack/{key}.log",
+        log_of("pack"),
     benchmark:
         at("pack", "benchmark.tsv")
     params:

@@ -7,7 +7,7 @@ rule decode:
     output:
         manifest=at("decode", "manifest.json"),
     log:
-        "logs/decode/{key}.log",
+        log_of("decode"),
     benchmark:
         at("decode", "benchmark.tsv")
     wildcard_constraints:
@@ -25,7 +25,7 @@ rule score:
     output:
         manifest=at("score", "manifest.json"),
     log:
-        "logs/score/{key}.log",
+        log_of("score"),
     benchmark:
         at("score", "benchmark.tsv")
     threads: PLAN.threads("score")

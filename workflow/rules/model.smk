@@ -7,7 +7,7 @@ rule base:
     output:
         manifest=at("base", "manifest.json"),
     log:
-        "logs/base/{key}.log",
+        log_of("base"),
     benchmark:
         at("base", "benchmark.tsv")
     retries: 0  # a loss that is not a number would be none the second time, and be paid for again
@@ -24,7 +24,7 @@ rule convert:
     output:
         manifest=at("convert", "manifest.json"),
     log:
-        "logs/convert/{key}.log",
+        log_of("convert"),
     benchmark:
         at("convert", "benchmark.tsv")
     params:
@@ -39,7 +39,7 @@ rule train:
     output:
         manifest=at("train", "manifest.json"),
     log:
-        "logs/train/{key}.log",
+        log_of("train"),
     benchmark:
         at("train", "benchmark.tsv")
     retries: 0

@@ -7,7 +7,7 @@ rule ledger:
     output:
         manifest=at("ledger", "manifest.json"),
     log:
-        "logs/ledger/{key}.log",
+        log_of("ledger"),
     benchmark:
         at("ledger", "benchmark.tsv")
     params:
@@ -28,7 +28,7 @@ rule report:
             caption="../report/study.rst",
         ),
     log:
-        "logs/report/{key}.log",
+        log_of("report"),
     benchmark:
         at("report", "benchmark.tsv")
     params:
@@ -43,7 +43,7 @@ rule mlflow:
     output:
         manifest=at("mlflow", "manifest.json"),
     log:
-        "logs/mlflow/{key}.log",
+        log_of("mlflow"),
     benchmark:
         at("mlflow", "benchmark.tsv")
     params:
