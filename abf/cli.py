@@ -91,6 +91,11 @@ the records of attempts and jobs. To give a study up, delete its plan/STUDY.json
 copies."""
 
 
+SO_FAR = """\
+of a study that is not finished: its ledger and a page of its finished cells into KEY/so-far, which
+names the others and why, and MLflow up to date; a driver that ends with an error does the same"""
+
+
 def _stop(number: int, _frame: Any) -> NoReturn:
     raise Interrupted(f"stopped by {signal.Signals(number).name}; nothing half-written was kept")
 
@@ -114,12 +119,17 @@ def _parser() -> argparse.ArgumentParser:
     for name, function in STAGE_COMMANDS.items():
         text = (function.__doc__ or "").strip()
         payload = ", ".join(STAGES[name].payload)
-        sub = command(name, f"{text}\n\nWrites: {payload}.", f"abf {name} results/{name}/KEY")
+        examples = [f"abf {name} results/{name}/KEY"]
+        if name == "report":
+            examples.append("abf report results/report/STUDY --so-far")
+        sub = command(name, f"{text}\n\nWrites: {payload}.", *examples)
         sub.add_argument("directory", type=Path, help=f"results/{name}/KEY (or its manifest.json)")
         if name in TRAINED:
             sub.add_argument(
                 "--submit", action="store_true", help="as a Slurm job; attaches to one that lives"
             )
+        if name == "report":
+            sub.add_argument("--so-far", action="store_true", help=SO_FAR)
     sub = command(
         "plan", PLAN, "abf plan config/grids/demo.yaml", "abf plan my.yaml --results runs"
     )
@@ -208,6 +218,10 @@ def _run(arguments: argparse.Namespace) -> int:
         from abf.launch import launch
 
         launch(command, arguments.directory)
+    elif command == "report" and arguments.so_far:
+        from abf.so_far import write_so_far
+
+        write_so_far(arguments.directory)
     elif command in STAGE_COMMANDS:
         run_stage(command, arguments.directory)
     elif command == "plan":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,7 @@ from abf.files import lock
 from abf.instance import origin
 from abf.site import load_node
 from abf.stage import StageRun, declare, is_finished, stage
-from abf.stages import CONFIG, stage_dir
+from abf.stages import CONFIG, SO_FAR, stage_dir
 
 
 @dataclass(frozen=True)
@@ -289,7 +290,7 @@ def ledger(job: Job, run: StageRun) -> dict[str, Any]:
     from abf.ledger.build import build_ledger
     from abf.ledger.slurm import scheduled_rows
 
-    places = _plan_of(job)["stages"]
+    places = plan_of(job)["stages"]
     rows = scheduled_rows(job.results, places, node=load_node())
     return build_ledger(
         job.results, [job.results / place for place in places], run.staging, scheduled=rows
@@ -303,8 +304,10 @@ def report(job: Job, run: StageRun) -> dict[str, Any]:
     from abf.study import report_plan
 
     cfg = job.setting("report", ReportConfig)
-    plan = report_plan(_plan_of(job), job.results, ledger=job.input("ledger"), config=cfg)
-    return build_report(plan, run.staging)
+    plan = report_plan(plan_of(job), job.results, ledger=job.input("ledger"), config=cfg)
+    counts = build_report(plan, run.staging)
+    shutil.rmtree(run.directory / SO_FAR, ignore_errors=True)  # the whole is here
+    return counts
 
 
 def mlflow(job: Job, run: StageRun) -> dict[str, Any]:
@@ -314,7 +317,7 @@ def mlflow(job: Job, run: StageRun) -> dict[str, Any]:
     from abf.study import ingest_study
 
     rows = read_table(job.input("ledger") / "ledger.parquet", LEDGER).to_pylist()
-    counts = ingest_study(_plan_of(job), job.results, rows)
+    counts = ingest_study(plan_of(job), job.results, rows)
     write_json(run.staging / "ingested.json", counts)
     return counts
 
@@ -349,7 +352,8 @@ def _reading(job: Job) -> dict[str, Any]:
     return {"shift": loss["shift"], "clean_stream": loss["clean_stream"]}
 
 
-def _plan_of(job: Job) -> Mapping[str, Any]:
+def plan_of(job: Job) -> Mapping[str, Any]:
+    """The plan of the study that a directory is the end of."""
     from abf.artifacts import read_plan
 
     return read_plan(job.results / "plan" / job.setting("plan"))

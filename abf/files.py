@@ -8,11 +8,15 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import socket
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from abf.errors import ArtifactError, LockError
 
@@ -99,3 +103,32 @@ def lock(directory: Path, what: str) -> Iterator[None]:
         handle.flush()
         yield
         handle.truncate(0)
+
+
+@dataclass(frozen=True)
+class Holder:
+    """Who wrote a name into a lock file."""
+
+    text: str
+    process: int
+    alive: bool | None
+    """None: a process on another host."""
+
+
+def lock_holder(path: Path) -> Holder | None:
+    """Whose name a lock file holds; asked without taking the lock, which could refuse its owner."""
+    text = path.read_text(encoding="utf-8") if path.exists() else ""
+    found = re.search(r"process (\d+) on (\S+) since (\S+ \S+ \S+)$", text)
+    if found is None:
+        return None
+    number, host, since = int(found[1]), found[2], found[3]
+    if host != socket.gethostname():
+        return Holder(text, number, None)
+    try:
+        began = psutil.Process(number).create_time()
+    except psutil.NoSuchProcess:
+        return Holder(text, number, False)
+    # Process numbers are reused: a stranger began after the lock was taken.
+    return Holder(
+        text, number, began <= time.mktime(time.strptime(since[:19], "%Y-%m-%d %H:%M:%S")) + 1
+    )

@@ -43,6 +43,8 @@ STAGES: dict[str, Stage] = {
     )
 }
 
+SO_FAR = "so-far"
+"""Folder in a report's directory: the books of its study before that is finished."""
 CONFIG = "config.json"
 """What a stage directory is to hold, written before it is made."""
 ENDS = ("ledger", "report", "mlflow")

@@ -18,12 +18,12 @@ from typing import Any
 
 from abf.artifacts import PlanDocument, read_manifest, read_plans
 from abf.errors import ConfigError
-from abf.files import sha256
+from abf.files import lock_holder, sha256
 from abf.grid import load_study
 from abf.ledger.slurm import rows_so_far
 from abf.plan import Plan
 from abf.report.config import ReportConfig
-from abf.report.inputs import ReportCell, ReportPlan, SourceNote
+from abf.report.inputs import MissingCell, ReportCell, ReportPlan, SourceNote
 from abf.site import load_node
 from abf.stage import git_sha
 from abf.stages import CONFIG, MANIFEST
@@ -119,15 +119,32 @@ def ingest_study(
     uri = os.environ.get("MLFLOW_TRACKING_URI") or _own_store(folder)
     cells = [_cell(cell, results) for cell in plan["cells"]]
     figures = sorted((results / "report" / plan["study"] / "figures").glob("*.svg"))
-    grid = IngestPlan(plan["study"], Path(plan["grid"]).stem, cells, results, rows, figures)
+    name, driven = Path(plan["grid"]).stem, is_driven(results)
+    grid = IngestPlan(plan["study"], name, cells, results, rows, figures, driven)
     return ingest(grid, tracking_uri=uri, artifact_root=folder / "artifacts")
 
 
+def is_driven(results: Path) -> bool:
+    """Whether a driver is at work; not one that has called us, as it does when it ends (so_far)."""
+    holder = lock_holder(results / ".driver" / ".lock")
+    return holder is not None and holder.alive is not False and holder.process != os.getppid()
+
+
 def report_plan(
-    plan: PlanDocument, results: Path, *, ledger: Path, config: ReportConfig
+    plan: PlanDocument,
+    results: Path,
+    *,
+    ledger: Path,
+    config: ReportConfig,
+    missing: Mapping[str, str] | None = None,
 ) -> ReportPlan:
-    """What the report page of a study is made of."""
-    first = plan["cells"][0]
+    """What the report page of a study is made of.
+
+    Args:
+        missing: why, by the name of each cell that is not finished; one at least must be.
+    """
+    missing = missing or {}
+    first = next(cell for cell in plan["cells"] if cell["name"] not in missing)
     packed = read_manifest(results / first["packed"])
     tokens = read_manifest(results / first["tokens"])
     base = read_manifest(results / first["base"])
@@ -142,18 +159,11 @@ def report_plan(
         study=plan["study"],
         created=time.strftime("%Y-%m-%d %H:%M %z"),
         git_sha=git_sha(),
-        cells=[
-            ReportCell(
-                arm=cell["arm"],
-                seed=cell["seed"],
-                run=cell["run"],
-                train=results / cell["train"],
-                score=results / cell["score"],
-                pack=results / cell["packed"],
-                base=results / cell["base"],
-                decodes={name: results / place for name, place in cell["decodes"].items()},
-            )
-            for cell in plan["cells"]
+        cells=[_report_cell(c, results) for c in plan["cells"] if c["name"] not in missing],
+        missing=[
+            MissingCell(c["name"], missing[c["name"]], _report_cell(c, results))
+            for c in plan["cells"]
+            if c["name"] in missing
         ],
         ledger=ledger,
         tokenizer=results / first["tokenizer"] / "tokenizer",
@@ -161,6 +171,19 @@ def report_plan(
         tokens={split: tokens["counts"][f"{split}_tokens"] for split in ("train", "heldout")},
         facts=facts,
         config=config,
+    )
+
+
+def _report_cell(cell: Mapping[str, Any], results: Path) -> ReportCell:
+    return ReportCell(
+        arm=cell["arm"],
+        seed=cell["seed"],
+        run=cell["run"],
+        train=results / cell["train"],
+        score=results / cell["score"],
+        pack=results / cell["packed"],
+        base=results / cell["base"],
+        decodes={name: results / place for name, place in cell["decodes"].items()},
     )
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from abf.report.inputs import ReportCell
+from abf.track.mlflow_costs import has_failed
 
 SHARED = "shared"
 """Stages that belong to no single arm: data, tokenizer, segmentation, base model."""
@@ -45,7 +46,7 @@ class Cost:
     @property
     def failed(self) -> int:
         """Attempts that ended without completing."""
-        return sum(row["state"] not in ("COMPLETED", "RUNNING") for row in self.rows)
+        return sum(map(has_failed, self.rows))
 
     @property
     def energy_j(self) -> float | None:

@@ -40,6 +40,15 @@ class ReportCell:
 
 
 @dataclass(frozen=True)
+class MissingCell:
+    """A cell that is not finished: it costs, and has no figures yet."""
+
+    name: str
+    reason: str
+    cell: ReportCell
+
+
+@dataclass(frozen=True)
 class ReportPlan:
     """Everything the page shows."""
 
@@ -48,7 +57,7 @@ class ReportPlan:
     """Date and time as text, given by the caller: the same inputs give the same page."""
     git_sha: str
     cells: Sequence[ReportCell]
-    """In the order in which the arms are to appear."""
+    """In the order in which the arms are to appear; all of them are finished."""
     ledger: Path
     """Stage directory of the ledger."""
     tokenizer: Path
@@ -59,3 +68,5 @@ class ReportPlan:
     facts: Mapping[str, str] = field(default_factory=dict)
     """More lines for the head of the page, for example the number of parameters."""
     config: ReportConfig = field(default_factory=ReportConfig)
+    missing: Sequence[MissingCell] = ()
+    """Cells of the study that are not finished."""

@@ -69,7 +69,9 @@ def build_report(plan: ReportPlan, out: Path) -> dict[str, Any]:
     scores = [_read_scores(cell) for cell in plan.cells]
     scores = [*base_scores(plan.cells, scores, names), *scores]
     ledger = read_table(plan.ledger / "ledger.parquet", LEDGER).to_pylist()
-    spent = costs(ledger, owners(plan.cells, names))
+    planned = [*plan.cells, *(missing.cell for missing in plan.missing)]
+    spent = costs(ledger, owners(planned, names))
+    payers = [*bases, *dict.fromkeys(cell.arm for cell in planned), SHARED]
     cfg = plan.config
     found = estimates(scores, confidence=cfg.confidence, resamples=cfg.bootstrap)
     entered, left_out = admit(found, lambda arm: total(spent, arm).attempts > 0)
@@ -116,7 +118,7 @@ def build_report(plan: ReportPlan, out: Path) -> dict[str, Any]:
         figures={name: svg.inline(drawing, name) for name, drawing in drawn.items()},
         generations=generations,
         spent=spent,
-        sums=[total(spent, arm) for arm in [*bases, *arms, SHARED] if total(spent, arm).rows],
+        sums=[total(spent, payer) for payer in payers if total(spent, payer).rows],
         total=total(spent),
         text=text,
     )

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import json
-import re
-import socket
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import psutil
-
 from abf.cluster import slurm
 from abf.cluster.jobs import by_comment, by_id, tag
 from abf.errors import ClusterError
+from abf.files import lock_holder
 from abf.seeing.planned import Planned
 
 FRESH_SECONDS = 600
@@ -65,32 +62,6 @@ def jobs_by_place(planned: Planned, queue: Sequence[slurm.QueuedJob]) -> dict[st
         if place is not None:
             found[place] = QueueEntry(job.job_id, job.state, job.reason, job.time_left)
     return found
-
-
-@dataclass(frozen=True)
-class Holder:
-    """Who wrote a name into a lock file."""
-
-    text: str
-    alive: bool | None
-    """None: a process on another host."""
-
-
-def lock_holder(path: Path) -> Holder | None:
-    """Whose name a lock file holds; asked without taking the lock, which could refuse its owner."""
-    text = path.read_text(encoding="utf-8") if path.exists() else ""
-    found = re.search(r"process (\d+) on (\S+) since (\S+ \S+ \S+)$", text)
-    if found is None:
-        return None
-    number, host, since = int(found[1]), found[2], found[3]
-    if host != socket.gethostname():
-        return Holder(text, None)
-    try:
-        began = psutil.Process(number).create_time()
-    except psutil.NoSuchProcess:
-        return Holder(text, False)
-    # Process numbers are reused: a stranger began after the lock was taken.
-    return Holder(text, began <= time.mktime(time.strptime(since[:19], "%Y-%m-%d %H:%M:%S")) + 1)
 
 
 def driver_line(results: Path, queue: Sequence[slurm.QueuedJob]) -> str:

@@ -16,13 +16,12 @@ from typing import Any
 
 from abf.cluster import slurm
 from abf.cluster.jobs import RECORD, job_record
-from abf.files import sha256
+from abf.files import lock_holder, sha256
 from abf.seeing.at_work import (
     QueueEntry,
     driver_line,
     jobs_by_place,
     live_jobs,
-    lock_holder,
 )
 from abf.seeing.hours import Hours, hours_spent, hours_to_come
 from abf.seeing.planned import Planned
@@ -101,7 +100,7 @@ def look(planned: Planned) -> Status:
     for place in planned.places:
         directory = planned.results / place
         outcomes = attempt_outcomes(directory)
-        state, reason = _state(directory, place, outcomes, jobs.get(place))
+        state, reason = state_of(directory, place, outcomes, jobs.get(place))
         states[place] = state
         if state in ("running", "waiting"):
             work.append(_work(directory, place, state, outcomes, jobs.get(place)))
@@ -128,7 +127,7 @@ def look(planned: Planned) -> Status:
     )
 
 
-def _state(
+def state_of(
     directory: Path, place: str, outcomes: Sequence[Mapping[str, Any]], job: QueueEntry | None
 ) -> tuple[str, str]:
     """State of a directory, and why it failed."""

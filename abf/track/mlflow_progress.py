@@ -42,7 +42,11 @@ def by_stage(rows: Iterable[Row]) -> dict[str, list[Row]]:
 
 
 def progress(
-    stage_dirs: Mapping[str, Path], rows: Mapping[str, Sequence[Row]], charged_to: Mapping[str, str]
+    stage_dirs: Mapping[str, Path],
+    rows: Mapping[str, Sequence[Row]],
+    charged_to: Mapping[str, str],
+    *,
+    driven: bool,
 ) -> Progress | None:
     """Attempts and state of a run; None when nothing of it was ever attempted.
 
@@ -50,6 +54,7 @@ def progress(
         stage_dirs: directories by name.
         rows: ledger rows of each, by the same names.
         charged_to: `run` or `grid`, by the same names.
+        driven: whether somebody will go on with what is unfinished; else it has failed.
     """
     found: list[Row] = []
     spans: list[tuple[float, float]] = []
@@ -70,8 +75,9 @@ def progress(
             failed |= bool(here) and here[-1]["state"] not in ALIVE | {"COMPLETED"}
     if not spans:
         return None
+    goes_on = alive or (driven and not failed)
     return Progress(
-        status="FINISHED" if finished else "FAILED" if failed and not alive else "RUNNING",
+        status="FINISHED" if finished else "RUNNING" if goes_on else "FAILED",
         start=milliseconds(min(start for start, _ in spans)),
         end=milliseconds(max(end for _, end in spans)),
         rows=ordered(found),
@@ -99,7 +105,11 @@ def _hosts(rows: Sequence[Row], outcomes: Sequence[Mapping[str, Any]]) -> list[s
 
 
 def charge(
-    results: Path, rows: Iterable[Row], stage_dirs: Mapping[str, Mapping[str, Path]]
+    results: Path,
+    rows: Iterable[Row],
+    stage_dirs: Mapping[str, Mapping[str, Path]],
+    *,
+    driven: bool = True,
 ) -> tuple[dict[str, Progress | None], Progress | None]:
     """Attempts and state of every cell, and of what is charged to none of them alone.
 
@@ -107,6 +117,7 @@ def charge(
         results: folder that holds all stage directories.
         rows: the study's ledger.
         stage_dirs: directories by name, by cell.
+        driven: see `progress`.
     """
     here = by_place(rows)
     places = {
@@ -119,9 +130,10 @@ def charge(
             directories,
             {stage: here.get(place, []) for stage, place in places[cell].items()},
             {stage: "run" if place in owned else "grid" for stage, place in places[cell].items()},
+            driven=driven,
         )
         for cell, directories in stage_dirs.items()
     }
     shared = {place: found for place, found in here.items() if place not in owned}
     directories = {place: results / place for place in shared}
-    return cells, progress(directories, shared, dict.fromkeys(shared, "grid"))
+    return cells, progress(directories, shared, dict.fromkeys(shared, "grid"), driven=driven)

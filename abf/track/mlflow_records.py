@@ -83,6 +83,8 @@ class IngestPlan:
     """The study's ledger: rows of all its attempts, those at shared stages included."""
     figures: Sequence[Path] = ()
     """Small figures of the whole grid, copied to the parent run."""
+    driven: bool = True
+    """Whether a driver is at work: else what is unfinished and not running has failed."""
 
 
 def clean_params(params: Mapping[str, str]) -> dict[str, str]:

@@ -123,6 +123,7 @@ class _Ingest:
             self.plan.results,
             self.plan.rows,
             {cell.run: cell.stage_dirs for cell in self.plan.cells},
+            driven=self.plan.driven,
         )
         begun = [(cell, p) for cell in self.plan.cells if (p := found[cell.run]) is not None]
         self.counts["waiting"] = len(self.plan.cells) - len(begun)
@@ -335,7 +336,8 @@ class _Ingest:
         everything = [*([shared] if shared else []), *(found for _, found in begun)]
         statuses = {found.status for found in everything}
         done = not waiting and statuses == {"FINISHED"}
-        status = "FINISHED" if done else "FAILED" if "FAILED" in statuses else "RUNNING"
+        failed = "FAILED" in statuses or not (self.plan.driven or "RUNNING" in statuses)
+        status = "FINISHED" if done else "FAILED" if failed else "RUNNING"
         end = max(found.end for found in everything)
         tags = {
             "abf.cells": str(len(self.plan.cells)),

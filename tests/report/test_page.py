@@ -17,7 +17,7 @@ from synthetic_study import HOSTILE, make_study
 from abf.artifacts import LEDGER, SCORES, read_table, write_table
 from abf.errors import ArtifactError
 from abf.report import svg, text
-from abf.report.inputs import ReportPlan
+from abf.report.inputs import MissingCell, ReportPlan
 from abf.report.metrics import BOUND_CUTS
 from abf.report.page import build_report
 
@@ -189,6 +189,26 @@ def test_arm_without_cost_is_left_out(plan: ReportPlan, tmp_path: Path):
     assert counts["left_out"] > 0
     assert "no cost on record for this arm" in page
     assert "random − fixed" not in page
+
+
+def test_cells_that_are_missing_are_named_and_cost(
+    plan: ReportPlan, built: tuple[Path, dict[str, Any], str], tmp_path: Path
+):
+    gone = [c for c in plan.cells if c.arm == "random" or (c.arm, c.seed) == ("sentence", 2)]
+    missing = [MissingCell(f"{c.arm}-s{c.seed}", f"lost {HOSTILE}", c) for c in gone]
+    kept = [cell for cell in plan.cells if cell not in gone]
+    counts = build_report(replace(plan, cells=kept, missing=missing), tmp_path)
+    page = (tmp_path / "index.html").read_text()
+    assert (counts["arms"], counts["cells"]) == (2, 5)
+    words = " ".join("".join(Page(page).words).split())
+    assert "Not finished: 4 of 9 cells." in words
+    for cell in missing:
+        assert f"{cell.name}: lost {HOSTILE}" in words
+    assert "Not finished" not in built[2]
+    # What they cost is charged to their arms, not to what all share: the sums are the whole page's.
+    sums = re.compile(r'<tr><td class="l"><b>.*?</b></td>(.*?)</tr>', re.DOTALL)
+    assert len(sums.findall(page)) == 6  # base, three arms, shared, total
+    assert sorted(sums.findall(page)) == sorted(sums.findall(built[2]))
 
 
 def test_nothing_to_report_is_said(plan: ReportPlan, tmp_path: Path):

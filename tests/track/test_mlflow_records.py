@@ -114,6 +114,11 @@ def test_progress_states(tmp_path: Path):
     found = state_of(tmp_path, "train", "score")
     assert found is not None
     assert (found.status, found.end) == ("RUNNING", 1_010_000)
+    # Nothing failed, but where no driver is at work nobody goes on with it.
+    stages = {"x": {stage: tmp_path / stage / "x" for stage in ("train", "score")}}
+    found = charge(tmp_path, rows_of(tmp_path), stages, driven=False)[0]["x"]
+    assert found is not None
+    assert found.status == "FAILED"
     found = state_of(tmp_path, "train")
     assert found is not None
     assert found.status == "FINISHED"

@@ -108,6 +108,17 @@ def test_twice_is_once_and_a_finished_cell_is_completed_later(tmp_path: Path, te
     assert content["grid"]["info"][0] == "FINISHED"
 
 
+def test_a_grid_that_nobody_drives_has_failed_until_somebody_does(tmp_path: Path, template: Path):
+    store = Store(tmp_path / "store", template)
+    done = make_cell(tmp_path / "results", "a")
+    waiting = replace(done, run="b", stage_dirs={"train": tmp_path / "results" / "train" / "b"})
+    for driven, status in ((True, "RUNNING"), (False, "FAILED"), (True, "RUNNING")):
+        store.ingest(make_plan(tmp_path / "results", done, waiting, driven=driven))
+        content = store.content()
+        assert content["grid"]["info"][0] == status
+        assert content["a"]["info"][0] == "FINISHED"
+
+
 def test_cut_and_replayed_journal_adds_no_step_twice(tmp_path: Path, template: Path):
     store = Store(tmp_path / "store", template)
     cell = make_cell(tmp_path / "results", "a")

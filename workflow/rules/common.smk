@@ -93,6 +93,9 @@ onsuccess:
 
 
 onerror:
+    from abf.so_far import end_with_books
+
+    end_with_books(PLAN.report.directory(RESULTS))
     keep()
 
 
