@@ -10,7 +10,7 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from abf.artifacts import LEDGER, PlanDocument, read_table
@@ -28,6 +28,7 @@ from abf.seeing.rerun import Rerun
 from abf.site import load_node
 from abf.stages import SO_FAR
 from abf.study import ingest_study, report_plan
+from abf.track.mlflow_costs import Row, by_place
 from abf.track.outcomes import attempt_outcomes
 
 MOST = 10
@@ -104,7 +105,8 @@ def _write_page(job: Job, out: Path) -> None:
     (out / "index.html").unlink(missing_ok=True)
     shutil.rmtree(out / "figures", ignore_errors=True)
     plan = plan_of(job)
-    missing, cells = missing_cells(plan, job.results), len(plan["cells"])
+    rows = read_table(out / "ledger.parquet", LEDGER).to_pylist()
+    missing, cells = missing_cells(plan, job.results, rows), len(plan["cells"])
     if len(missing) < cells:
         config = job.setting("report", ReportConfig)
         build_report(
@@ -118,8 +120,13 @@ def _write_page(job: Job, out: Path) -> None:
         print(f"  and {len(missing) - MOST} more")
 
 
-def missing_cells(plan: PlanDocument, results: Path) -> dict[str, str]:
-    """Cells whose scores are not there, or would be made again; why, by name."""
+def missing_cells(plan: PlanDocument, results: Path, rows: Iterable[Row]) -> dict[str, str]:
+    """Cells whose scores are not there, or would be made again; why, by name.
+
+    Args:
+        rows: the study's ledger so far.
+    """
+    attempts = by_place(rows)
     planned = Planned(results, (plan,), None)
     rerun, queue = Rerun(planned), jobs_by_place(planned, live_jobs(results, []))
     found = {}
@@ -133,21 +140,27 @@ def missing_cells(plan: PlanDocument, results: Path) -> dict[str, str]:
             and (rerun.repeats(place) or (place in shown and not rerun.standing(place).declared))
         ]
         if left:
-            found[cell["name"]] = _reason(left, results, queue)
+            found[cell["name"]] = _reason(left, results, queue, attempts)
     return found
 
 
-def _reason(left: Sequence[str], results: Path, queue: Mapping[str, QueueEntry]) -> str:
+def _reason(
+    left: Sequence[str],
+    results: Path,
+    queue: Mapping[str, QueueEntry],
+    attempts: Mapping[str, Sequence[Row]],
+) -> str:
     """Why what is left of a cell is left: all that failed, else what is at work, else the first."""
     told: dict[str, list[str]] = {}
     for place in left:
-        outcomes = attempt_outcomes(results / place)
+        outcomes, known = attempt_outcomes(results / place), attempts.get(place, ())
         state, reason = state_of(results / place, place, outcomes, queue.get(place))
         if state == "done":
             reason = "to be declared, or made again from other inputs"
-        elif outcomes and state == "to do":
-            reason = f"{outcomes[-1]['state']} {outcomes[-1]['reason']}"
-        number = f" (attempt {outcomes[-1]['attempt']})" if outcomes else ""
+        elif known and state == "to do":
+            # Interrupted, or ended by the scheduler before our code could write that down.
+            reason = f"{known[-1]['state']} {known[-1]['reason']}".strip()
+        number = f" (attempt {len(known)})" if known else ""
         text = f"{place}: {state}{number}: {' '.join(reason.split())}"
         told.setdefault(state, []).append(text.removesuffix(": "))
     first = next((told[state] for state in ("failed", "running", "waiting") if state in told), None)

@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 
 from abf import study
-from abf.artifacts import LEDGER, read_table
+from abf.artifacts import LEDGER, read_plans, read_table
 from abf.files import lock
+from abf.so_far import missing_cells
 from abf.track.attempts import read_attempts
 from tests.workflow.conftest import RESULTS, Project
 from tests.workflow.test_seeing import abf
@@ -53,6 +54,19 @@ def test_a_driver_that_has_called_us_is_not_at_work(
         monkeypatch.setattr(os, "getppid", os.getpid)  # as it is for a child of the driver's
         assert not study.is_driven(tmp_path)
     assert not study.is_driven(tmp_path)
+
+
+def test_a_job_that_ended_before_it_could_write_a_word_is_named(copy: Project) -> None:
+    forget(copy, "score", "ledger", "report")
+    (plan,) = read_plans(copy.results)
+    cell = next(cell for cell in plan["cells"] if cell["name"] == "fixed-s0")
+    stage, _, key = cell["score"].partition("/")
+    row = {"rule": stage, "run": key, "submit_time": "2026-01-01", "attempt": 1}
+    row |= {"state": "NODE_FAIL", "reason": ""}
+    told = missing_cells(plan, copy.results, [row])
+    assert told["fixed-s0"] == f"{cell['score']}: to do (attempt 1): NODE_FAIL"
+    assert told["sentence-s0"].endswith(": to do")
+    assert "score/sentence-s0-" in told["sentence-s0"]
 
 
 def test_a_cell_that_cannot_finish_leaves_books_that_give_way(copy: Project) -> None:
