@@ -17,6 +17,7 @@ from abf.cluster import slurm
 from abf.cluster.config import NodeConfig
 from abf.cluster.history import Attempt, history
 from abf.cluster.jobs import Known, by_comment, by_id, job_record
+from abf.cluster.limits import LIMITS
 from abf.errors import ClusterError
 from abf.files import atomic_path
 from abf.ledger.build import ledger_rows, with_scheduled
@@ -72,11 +73,13 @@ def rows_so_far(
 
 
 def was_scheduled(results: Path, places: Sequence[str]) -> bool:
-    """Whether there is a scheduler to ask, and a job of its ever worked on one of these places."""
+    """Whether there is a scheduler to ask, and these results were ever driven on it."""
     if not slurm.available():
         return False
+    # A job that ended before our code began has left nothing but its driver's file.
+    driven = (results / ".driver" / LIMITS).exists()
     asked = any(job_record(results / place) for place in places)
-    return asked or bool(_place_of_id(results, places))
+    return driven or asked or bool(_place_of_id(results, places))
 
 
 def _place_of_id(results: Path, places: Iterable[str]) -> dict[str, str]:

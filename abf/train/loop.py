@@ -170,8 +170,9 @@ class _Run:
         if last or self.done % cfg.log_steps == 0:
             values = {"lr": result.lr}
             if trainer.corruption is not None:
-                norm = torch.linalg.vector_norm(trainer.model.mask_embedding.detach())
-                values["mask_embedding_norm"] = float(norm)
+                # Double: weights that ran away overflow here before the next loss tells of it.
+                embedding = trainer.model.mask_embedding.detach().double()
+                values["mask_embedding_norm"] = float(torch.linalg.vector_norm(embedding))
             self.record.metrics(
                 step=self.done, tokens=self.tokens, wall_s=self.wall_s(), values=values
             )

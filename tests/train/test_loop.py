@@ -268,6 +268,13 @@ def test_an_infinite_weight_diverges_at_once(tmp_path: Path) -> None:
     assert all(torch.equal(before[name], value) for name, value in model.named_parameters())
 
 
+def test_a_learning_rate_beyond_all_bounds_is_told_as_what_it_is(tmp_path: Path) -> None:
+    packed, optim = write_rows(tmp_path), {"lr": 1e30, "warmup_fraction": 0.0}
+    with pytest.raises(DivergenceError, match="step 2 of 10"):
+        train(tiny_config(optim=optim, log_steps=1), seed=0, model=new_model(), packed=packed,
+              run_dir=tmp_path, label="x")  # fmt: skip
+
+
 def test_a_full_disk_keeps_the_last_checkpoint(
     tmp_path: Path, whole_run: tuple[Path, TrainResult], monkeypatch: pytest.MonkeyPatch
 ) -> None:
