@@ -2,21 +2,20 @@
 
 The rule's process is light and may die at any time: the job goes on, its id is in
 `{directory}/job.json` (`abf.cluster.jobs`), and the next process attaches to it instead of
-submitting again. On the job's side every rank runs `TrainJob`; near the time limit all save, and
-the first puts the job back into the queue under its own id, as often as it takes. The job leaves
-its manifest undeclared (`.done/`); only the waiting rule gives it the name that Snakemake looks
-for.
+submitting again. On the job's side (`abf.rank`) every rank runs `TrainJob`; near the time limit all
+save, and the first puts the job back into the queue under its own id, as often as it takes. The job
+leaves its manifest undeclared (`.done/`); only the waiting rule gives it the name that Snakemake
+looks for.
 """
 
 from __future__ import annotations
 
 import os
-import signal
+import shlex
 import sys
 import time
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import submitit
 from submitit.core.utils import FailedJobError
@@ -25,95 +24,29 @@ from abf.cluster import slurm
 from abf.cluster.config import LaunchConfig, SiteConfig
 from abf.cluster.jobs import job_record, launch_comment, tag, write_job_record
 from abf.cluster.poll import UNKNOWN, JobState, Watch
-from abf.commands import Job, follow_stage, run_stage
-from abf.errors import ClusterError, Interrupted
-from abf.files import lock
+from abf.commands import Job, run_stage
+from abf.errors import ClusterError
+from abf.files import atomic_path, lock
 from abf.instance import LAUNCH
 from abf.ledger.budget import job_node_hours
 from abf.ledger.reserve import allow
+from abf.rank import TrainJob, stuck_mark
 from abf.site import load_site
 from abf.stage import declare
 from abf.track.attempts import read_attempts
+from abf.track.endings import JOB, START, why_failed
 from abf.track.pace import checkpointed_step
 
-FOLDER = ".job"
-"""Folder in the stage directory for submitit's script and logs, and for the ranks' meeting."""
+WORK = "work.pkl"
+"""File in there: what a job runs, from before the job exists."""
 RESUBMIT = frozenset({"NODE_FAIL", "BOOT_FAIL", "TIMEOUT", "PREEMPTED", UNKNOWN})
 """Ends that are nobody's wish and no fault of the training: it goes on from its checkpoint."""
 NO_PROGRESS = (
     "a whole time limit went by without one more checkpoint, so that another would, too: raise "
     "launch.minutes, or lower signal_seconds of the site file if the warning comes too early"
 )
-FIRST_RANK_S = 10
-"""How long the other ranks leave it to the first one to queue the job again."""
 SETTLE_LOOKS = 2
 """Looks at the queue before an end that Slurm may still turn into a requeue is believed."""
-
-
-# --- the job's side ----------------------------------------------------------------------------
-
-
-@dataclass
-class TrainJob(submitit.helpers.Checkpointable):
-    """One rank of a training; submitit runs it once per task under srun."""
-
-    stage: str
-    directory: str
-
-    def __call__(self) -> None:
-        """Run the stage; near the time limit, queue again and wait to be ended."""
-        rank = int(os.environ["SLURM_PROCID"])
-        job, restart = os.environ["SLURM_JOB_ID"], os.environ.get("SLURM_RESTART_COUNT", "0")
-        os.environ["RANK"] = str(rank)
-        os.environ["WORLD_SIZE"] = os.environ["SLURM_NTASKS"]
-        os.environ["LOCAL_RANK"] = os.environ["SLURM_LOCALID"]
-        # Named after this start of the job: an earlier one's meeting place is no longer served.
-        place = Path(self.directory) / FOLDER / f"ranks-{job}-{restart}.json"
-        os.environ["ABF_RENDEZVOUS"] = str(place)
-        begun_at = checkpointed_step(Path(self.directory))
-        # In place of submitit's: outside the loop, too, the signal means "save and queue again".
-        signal.signal(signal.SIGUSR2, _time_is_up)
-        signal.signal(signal.SIGTERM, _stop)
-        try:
-            if rank == 0:
-                run_stage(self.stage, Path(self.directory), declared=False)
-            else:
-                follow_stage(self.stage, Path(self.directory))
-        except Interrupted as error:
-            print(error, file=sys.stderr, flush=True)
-            if not error.requeue:
-                raise
-            if rank:
-                # The first rank does it, unless it is in a call that no signal ends.
-                time.sleep(FIRST_RANK_S)
-            if checkpointed_step(Path(self.directory)) == begun_at:
-                # The next time limit would go by like this one.
-                _stuck(Path(self.directory), job).touch()
-                raise
-            slurm.requeue(job)
-            # An exit now would be the job's end; the requeue ends every rank.
-            time.sleep(slurm.TIMEOUT_S)
-            raise
-
-    def checkpoint(self, *args: Any, **kwargs: Any) -> submitit.helpers.DelayedSubmission:
-        """What a requeued job runs: the same, since all state is in files."""
-        return submitit.helpers.DelayedSubmission(self)
-
-
-def _stuck(directory: Path, job_id: str) -> Path:
-    """File by which a job says that its time limit went by for nothing."""
-    return directory / FOLDER / f"{job_id}.stuck"
-
-
-def _time_is_up(number: int, _frame: Any) -> NoReturn:
-    raise Interrupted(f"{signal.Signals(number).name} outside of training", requeue=True)
-
-
-def _stop(number: int, _frame: Any) -> NoReturn:
-    raise Interrupted(f"stopped by {signal.Signals(number).name}; nothing half-written was kept")
-
-
-# --- the rule's side ---------------------------------------------------------------------------
 
 
 def launch(name: str, path: Path) -> None:
@@ -129,7 +62,7 @@ def launch(name: str, path: Path) -> None:
     if not (job.directory / LAUNCH).exists():
         run_stage(name, path)
         return
-    with lock(job.directory / FOLDER, f"abf {name} --submit"):
+    with lock(job.directory / JOB, f"abf {name} --submit"):
         Launch(name, job, load_site()).finish()
 
 
@@ -167,19 +100,29 @@ class Launch:
         job_id = record.get("job_id")
         if record and job_id is None:
             # The last process died between asking for the job and writing down its id.
-            live = [found for found in slurm.queue(name=self.job_name) if found.live]
-            if not live:
+            job_id = self._live_by_name(1 if "refused" in record else 1 + SETTLE_LOOKS)
+            if job_id is None:
                 return None
-            job_id = live[0].job_id
             self._write(job_id, record.get("submissions", 1))
         if job_id is None or record.get("ended"):
             return None
         self._say(f"attached to job {job_id}, submitted before")
         return job_id
 
+    def _live_by_name(self, looks: int) -> str | None:
+        """Id of the job of our name in the queue; the dead process's sbatch may still bring it."""
+        for look in range(looks):
+            if look:
+                time.sleep(self.site.poll_seconds)
+            live = [found for found in slurm.queue(name=self.job_name) if found.live]
+            if live:
+                return live[0].job_id
+        return None
+
     def _submit(self) -> str:
         count = job_record(self.directory).get("submissions", 0) + 1
-        executor = submitit.SlurmExecutor(folder=self.directory / FOLDER)
+        work = self._leave_work()
+        executor = submitit.SlurmExecutor(folder=self.directory / JOB)
         executor.update_parameters(**self._parameters())
         # A driver that is itself a job must not hand on its own geometry.
         for variable in os.environ.keys() - slurm.clean_environment().keys():
@@ -194,8 +137,10 @@ class Launch:
             # From here on there may be a job whose id nobody has written down.
             self._write(None, count)
             try:
-                submitted = executor.submit(TrainJob(self.name, str(self.directory)))
+                submitted = executor.submit(work)
             except FailedJobError as error:
+                refused = job_record(self.directory) | {"refused": str(error).strip()}
+                write_job_record(self.directory, refused)
                 raise ClusterError(
                     f"{self.job_name} was refused: {str(error).strip()} (account "
                     f"{self.site.account}, partition {self.site.partition}, QOS {self.site.qos}; "
@@ -205,6 +150,28 @@ class Launch:
             note(submitted.job_id)
         self._say(f"submitted as job {submitted.job_id}: {self.plan.nodes} node(s)")
         return submitted.job_id
+
+    def _leave_work(self) -> TrainJob:
+        """Leave what the job runs under a name that is known before the job is.
+
+        Submitit names its pickle after the job once it knows the id: a process killed before that
+        leaves a job without one. The job's own script gives this one the name (`_first_lines`).
+        """
+        folder, work = self.directory / JOB, TrainJob(self.name, str(self.directory))
+        # Of processes that were killed while submitting: nothing looks for them.
+        for stray in (*folder.glob(f"{'?' * 32}.pkl"), *folder.glob("submission_file_*.sh")):
+            stray.unlink()
+        with atomic_path(folder / WORK) as temporary:
+            submitit.helpers.DelayedSubmission(work).dump(temporary)
+        return work
+
+    def _first_lines(self) -> list[str]:
+        """Shell lines at each start of the job, before the ranks."""
+        folder = shlex.quote(str((self.directory / JOB).absolute()))
+        return [
+            f'ln -f {folder}/{WORK} {folder}/"$SLURM_JOB_ID"_submitted.pkl',
+            f'echo "{START} ${{SLURM_RESTART_COUNT:-0}} on $SLURM_JOB_NODELIST" >&2',
+        ]
 
     def _parameters(self) -> dict[str, Any]:
         site, plan = self.site, self.plan
@@ -219,7 +186,7 @@ class Launch:
             "cpus_per_task": site.node.cores // plan.ranks_per_node,
             "gpus_per_node": site.node.gpus or None,
             "signal_delay_s": site.signal_seconds,
-            "setup": list(site.setup),
+            "setup": [*self._first_lines(), *site.setup],
             "srun_args": [
                 "--kill-on-bad-exit=1",
                 f"--cpus-per-task={site.node.cores // plan.ranks_per_node}",  # not inherited
@@ -258,36 +225,33 @@ class Launch:
     def _lost(self, job_id: str, state: JobState) -> None:
         """The job ended without its work: go on when nobody wished it, else raise."""
         record = job_record(self.directory)
-        write_job_record(self.directory, record | {"ended": state.state})
-        if state.state == "COMPLETED":
-            raise ClusterError(
-                f"job {job_id} completed but left no finished manifest in {self.directory}; "
-                f"{self._logs()}"
-            )
         hung = state.state == "TIMEOUT" and checkpointed_step(self.directory) == record.get("step")
-        if hung or _stuck(self.directory, job_id).exists():
-            raise ClusterError(
-                f"job {job_id} ended as {state.state}: {NO_PROGRESS}; {self._logs()}"
-            )
-        if state.state in RESUBMIT:
-            self._say(f"job {job_id} ended as {state.state} ({state.reason}); submitting again")
+        if state.state == "COMPLETED":
+            why = f"it left no finished manifest in {self.directory}"
+        elif hung or stuck_mark(self.directory, job_id).exists():
+            why = NO_PROGRESS
+        elif state.state in RESUBMIT:
+            why = ""
+        elif state.state == "CANCELLED":
+            began = any(r["job_id"] == job_id for r in read_attempts(self.directory))
+            why = "somebody cancelled it" + ("" if began else " before it began")
+        else:
+            why = why_failed(self.directory, job_id, lambda: _exit_code(job_id))
+        write_job_record(self.directory, record | {"ended": state.state, "why": why})
+        if not why:
+            told = f" ({state.reason})" if state.reason else ""
+            self._say(f"job {job_id} ended as {state.state}{told}; submitting again")
             return
-        why = "somebody cancelled it" if state.state == "CANCELLED" else self._last_reason()
+        step = checkpointed_step(self.directory)
+        begin = f"goes on from the checkpoint of step {step}" if step else "begins at step 0"
         raise ClusterError(
-            f"job {job_id} ended as {state.state}: {why}. Checkpoints are kept: the same command "
-            f"goes on from the last one; {self._logs()}"
+            f"job {job_id} ended as {state.state}: {why}. The same command {begin}; "
+            f"{self._log(job_id)}"
         )
 
-    def _last_reason(self) -> str:
-        attempts = read_attempts(self.directory)
-        if not attempts:
-            return "it never began"
-        return str(attempts[-1].get("reason") or "no reason on record")
-
-    def _logs(self) -> str:
-        logs = (self.directory / FOLDER).glob("*_0_log.err")
-        newest = max(logs, key=lambda path: path.stat().st_mtime, default=None)
-        return f"its log: {newest}" if newest else "it wrote no log"
+    def _log(self, job_id: str) -> str:
+        log = self.directory / JOB / f"{job_id}_0_log.err"
+        return f"its log: {log}" if log.exists() else "it wrote no log"
 
     def _write(self, job_id: str | None, submissions: int) -> None:
         # Where this job began, to tell whether it got anywhere.
@@ -304,3 +268,8 @@ class Launch:
 
     def _say(self, text: str) -> None:
         print(f"{self.name} {self.directory.name}: {text}", file=sys.stderr, flush=True)
+
+
+def _exit_code(job_id: str) -> str:
+    found = slurm.records([job_id]).get(job_id)
+    return "none on record" if found is None else found.exit_code

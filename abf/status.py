@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import sys
+import textwrap
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -17,6 +18,8 @@ from abf.stages import STAGES
 COLOURS = {"done": 32, "running": 36, "waiting": 33, "failed": 31, "to do": 0, "outdated": 35}
 """SGR numbers of a terminal."""
 BOLD, DIM = 1, 2
+INDENT = " " * 9
+"""Of what belongs to the label above it."""
 STAGE_WIDTH, STATE_WIDTH = 10, 9
 FEWEST_ROWS = 4
 """Jobs that are listed however small the terminal is."""
@@ -43,7 +46,7 @@ class Page:
 
     def wrapped(self, label: str, parts: Sequence[str]) -> None:
         """Parts separated by semicolons after a label, on as many lines as they need."""
-        indent, line = " " * 9, f"{label:<9}"
+        indent, line = INDENT, f"{label:<9}"
         for number, part in enumerate(parts):
             piece = part + (";" if number + 1 < len(parts) else "")
             full = self.width is not None and len(line) + 1 + len(piece) > self.width
@@ -171,7 +174,10 @@ def _tail(status: Status, page: Page) -> None:
     when = duration(max(0.0, time.time() - failure.when))
     failed = sum(state == "failed" for state in status.states.values())
     page.add(f"failed   {failure.place}, {when} ago ({failed} failed in all)", COLOURS["failed"])
-    page.add(f"         {failure.reason.splitlines()[0] if failure.reason else 'no reason given'}")
+    reason = failure.reason.splitlines()[0] if failure.reason else "no reason given"
+    # Whole: it ends in what to do.
+    for line in [reason] if page.width is None else textwrap.wrap(reason, page.width - len(INDENT)):
+        page.add(INDENT + line)
     if failure.log is None:
         page.add("         it left no log")
         return

@@ -13,7 +13,9 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from abf.cluster.jobs import job_record
 from abf.errors import ConfigError
+from abf.seeing.at_work import job_said
 from abf.seeing.differences import Differences, finished_places
 from abf.seeing.planned import Planned, read_document, read_planned, slug
 from abf.seeing.rerun import Rerun, manifest_path
@@ -125,13 +127,15 @@ class Why:
         """Where an unfinished directory stands."""
         directory = self.results / place
         outcomes = attempt_outcomes(directory)
-        if not outcomes:
+        last = outcomes[-1] if outcomes else None
+        said = job_said(directory, job_record(directory), last)
+        if not said and last is None:
             return NEVER_RUN
-        last = outcomes[-1]
-        reason = f": {last['reason']}" if last["reason"] else ""
+        if not said and last is not None:
+            reason = f": {last['reason']}" if last["reason"] else ""
+            said = f"attempt {last['attempt']} was {last['state']}{reason}"
         steps = sorted((directory / "ckpt").glob("step-*"))
-        goes_on = f"; it goes on from {steps[-1].name}" if steps else ""
-        return f"attempt {last['attempt']} was {last['state']}{reason}{goes_on}"
+        return said + (f"; it goes on from {steps[-1].name}" if steps else "")
 
     def _nearest(self, place: str) -> Iterator[str]:
         others = finished_places(self.results, place.partition("/")[0])

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from abf.drive import Drive
-from abf.errors import ArtifactError, ConfigError
+from abf.errors import ArtifactError, ConfigError, DivergenceError
 from abf.files import lock
 from abf.grid import load_study
 from abf.plan import Plan
@@ -155,6 +155,26 @@ def test_running_and_killed(plan: Plan) -> None:
     assert "it left no log" in screen()
 
 
+def test_a_long_reason_is_shown_whole(plan: Plan) -> None:
+    train = plan.cells[0].train.place
+    reason = f"step 5: loss nan. Batch: {', '.join(map(str, range(300)))}. Lower train.optim.lr"
+    with (
+        pytest.raises(DivergenceError),
+        stage("train", RESULTS / train, inputs={}, config=None),
+    ):
+        raise DivergenceError(reason)
+    assert reason in screen()
+    narrow = screen(width=60)
+    assert reason in " ".join(line.strip() for line in narrow.splitlines())
+    assert max(map(len, narrow.splitlines())) <= 60
+    with (
+        pytest.raises(ValueError, match="x"),
+        stage("train", RESULTS / train, inputs={}, config=None),
+    ):
+        raise ValueError("x" * 2000)
+    assert f"         ValueError: {'x' * 487}…" in screen()
+
+
 def test_an_interrupt_is_to_do(plan: Plan) -> None:
     train = plan.cells[0].train.place
     with pytest.raises(KeyboardInterrupt), stage("train", RESULTS / train, inputs={}, config=None):
@@ -184,7 +204,10 @@ def test_what_a_job_left_behind(plan: Plan) -> None:
     os.utime(jobs, (0, 0))  # a snapshot of long ago is none
     assert status().states[second] == "to do"
     (RESULTS / first / "job.json").write_text(json.dumps(record | {"job_id": None}))
-    assert "the scheduler gave no job" in screen()
+    assert "whoever asked the scheduler for a job died before it answered" in screen()
+    refused = record | {"job_id": None, "refused": "Invalid account"}
+    (RESULTS / first / "job.json").write_text(json.dumps(refused))
+    assert "the scheduler refused the job: Invalid account" in screen()
 
 
 def test_the_driver(plan: Plan) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from abf.errors import ClusterError
@@ -120,7 +120,7 @@ def queue(*, name: str | None = None) -> list[QueuedJob]:
     pattern = SEPARATOR.join(_QUEUE.values())
     only = [] if name is None else [f"--name={name}"]
     text = call("squeue", "--me", "--noheader", "--states=all", f"--format={pattern}", *only)
-    rows = [dict(zip(_QUEUE, _fields(line), strict=True)) for line in text.splitlines()]
+    rows = [_row(_QUEUE, line) for line in text.splitlines()]
     return [QueuedJob(**row) for row in rows]
 
 
@@ -134,7 +134,7 @@ def records(job_ids: Sequence[str]) -> dict[str, JobRecord]:
     )  # fmt: skip
     found = {}
     for line in text.splitlines():
-        fields = dict(zip(_RECORD, _fields(line), strict=True))
+        fields = _row(_RECORD, line)
         fields["state"] = plain_state(fields["state"])
         found[fields["job_id"]] = JobRecord(**fields)
     return found
@@ -156,5 +156,7 @@ def plain_state(state: str) -> str:
     return state.split(" ")[0].rstrip("+")
 
 
-def _fields(line: str) -> list[str]:
-    return line.split(SEPARATOR)
+def _row(names: Iterable[str], line: str) -> dict[str, str]:
+    """Fields of a line by name; "None" is Slurm's word for no reason."""
+    row = dict(zip(names, line.split(SEPARATOR), strict=True))
+    return row | {"reason": "" if row["reason"] == "None" else row["reason"]}

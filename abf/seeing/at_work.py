@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from abf.cluster import slurm
-from abf.cluster.jobs import by_comment, by_id, tag
+from abf.cluster.jobs import RECORD, by_comment, by_id, tag
 from abf.errors import ClusterError
 from abf.files import lock_holder
 from abf.seeing.planned import Planned
@@ -80,3 +81,23 @@ def driver_line(results: Path, queue: Sequence[slurm.QueuedJob]) -> str:
     if record:
         return f"none at work; job {record['job_id']} on {record['study']}: {record['state']}"
     return "none at work" if holder is None else f"none at work; the last was {holder.text}"
+
+
+def job_said(directory: Path, record: Mapping[str, Any], last: Mapping[str, Any] | None) -> str:
+    """What became of a directory's last submitted job; empty where its attempts say it better.
+
+    Args:
+        record: of that job, as `job_record` reads it.
+        last: outcome of the newest attempt.
+    """
+    if not record or (last is not None and last["end"] > (directory / RECORD).stat().st_mtime):
+        return ""
+    job_id = record.get("job_id")
+    if refused := record.get("refused"):
+        return f"the scheduler refused the job: {refused}"
+    if job_id is None:
+        return "whoever asked the scheduler for a job died before it answered"
+    if ended := record.get("ended"):
+        why = record.get("why") or (last["reason"] if last is not None else "")
+        return f"job {job_id} ended as {ended}" + (f": {why}" if why else "")
+    return f"submitted as job {job_id}, which has not begun"

@@ -20,6 +20,7 @@ from abf.files import lock_holder, sha256
 from abf.seeing.at_work import (
     QueueEntry,
     driver_line,
+    job_said,
     jobs_by_place,
     live_jobs,
 )
@@ -139,9 +140,9 @@ def state_of(
     if (directory / MANIFEST).exists():
         return _done_or_outdated(directory, directory / MANIFEST, place), ""
     record = job_record(directory)
-    if ended := record.get("ended"):
-        said = f" ({last['reason']})" if last and last["reason"] else ""
-        return "failed", f"job {record['job_id']} ended as {ended}{said}"
+    said = job_said(directory, record, last)
+    if said and "ended" in record:
+        return "failed", said
     if last is not None and last["state"] in ("FAILED", "KILLED"):
         return "failed", last["reason"]
     if (directory / DONE / MANIFEST).exists():
@@ -149,7 +150,7 @@ def state_of(
     if record and record.get("job_id") is None:
         if (holder := lock_holder(directory / ".job" / ".lock")) and holder.alive:
             return "waiting", ""
-        return "failed", "the scheduler gave no job: it refused, or the asking process died"
+        return "failed", said
     return "to do", ""
 
 

@@ -26,6 +26,8 @@ FIELDS = {True: COMMON | {"pid", "pid_start"}, False: COMMON | {"reason", "end",
 """What a record must hold, by whether it opens an attempt."""
 HEARTBEAT = ".heartbeat"
 HEARTBEAT_SECONDS = 5.0
+LONGEST = 500
+"""Characters of a foreign error's text."""
 
 
 def read_attempts(directory: Path) -> list[dict[str, Any]]:
@@ -124,8 +126,11 @@ def attempt(directory: Path, *, rule: str, run: str, cores: int) -> Iterator[dic
         state, reason = "INTERRUPTED", str(error) or "keyboard interrupt"
         raise
     except BaseException as error:
-        kind = "" if isinstance(error, AbfError) else f"{type(error).__name__}: "
-        reason = f"{kind}{error}"[:500]
+        if isinstance(error, AbfError):
+            reason = str(error)  # whole: it ends in what to do
+        else:
+            reason = f"{type(error).__name__}: {error}"
+            reason = reason if len(reason) <= LONGEST else reason[: LONGEST - 1] + "…"
         raise
     finally:
         stop.set()

@@ -13,6 +13,7 @@ from typing import Any
 
 import psutil
 
+from abf.cluster.jobs import job_record
 from abf.track.attempts import HEARTBEAT, HEARTBEAT_SECONDS, read_attempts
 
 MISSED_BEATS = 12
@@ -63,6 +64,9 @@ def _last_sign_of_life(
 
 
 def _is_alive(record: dict[str, Any], directory: Path) -> bool:
+    job = job_record(directory)
+    if job.get("job_id") == record["job_id"] and "ended" in job:
+        return False  # the scheduler knows before the heart has missed its beats
     if record["host"] != socket.gethostname():
         heartbeat = directory / HEARTBEAT
         if not heartbeat.exists():

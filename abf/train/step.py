@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -160,7 +161,7 @@ class Trainer:
         pieces = np.unique(self.rows.rows(rows).document_id)
         return (
             f"step {number + 1} of {self.steps}: loss {loss}, gradient norm {norm}; its update was "
-            f"not applied and no checkpoint holds it. Batch: rows {rows.tolist()} of "
+            f"not applied and no checkpoint holds it. Batch: rows {_listed(rows.tolist())} of "
             f"{self.path}, documents {_documents(self.path, pieces[pieces >= 0])}. The same "
             "command would meet it again: look at that text, or lower train.optim.lr or "
             "train.optim.clip_norm"
@@ -195,7 +196,7 @@ def _check_fit(rows: PackedRows, model: Transformer, path: Path) -> None:
         raise ArtifactError(f"{path} holds no row: the training split is empty")
 
 
-def _documents(packed: Path, pieces: NDArray[np.int64], most: int = 20) -> str:
+def _documents(packed: Path, pieces: NDArray[np.int64]) -> str:
     """Names of the documents behind piece numbers, or the numbers when there is no piece table."""
     table = packed.with_name(f"{packed.stem}.pieces.parquet")
     names = [str(piece) for piece in pieces]
@@ -203,5 +204,9 @@ def _documents(packed: Path, pieces: NDArray[np.int64], most: int = 20) -> str:
         known = read_table(table, PIECES).select(["document_id", "doc_id"]).to_pylist()
         by_number = {row["document_id"]: row["doc_id"] for row in known}
         names = list(dict.fromkeys(by_number[int(piece)] for piece in pieces))
+    return _listed(names)
+
+
+def _listed(names: Sequence[object], most: int = 20) -> str:
     more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
+    return ", ".join(map(str, names[:most])) + more

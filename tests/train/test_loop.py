@@ -245,7 +245,7 @@ def test_divergence_stops_before_the_update_and_names_the_batch(
     rows, _ = row_indices(4, batch_rows=4, n_rows=12, seed=0)
     text = str(caught.value)
     assert "step 5 of 10: loss nan" in text
-    assert f"rows {rows.tolist()} of {packed}" in text
+    assert f"rows {', '.join(map(str, rows.tolist()))} of {packed}" in text
     piece = int(step.PackedRows(packed).rows(rows[:1]).document_id[0, 0])
     assert f"text-{piece}" in text
     assert read_journal(tmp_path / "journal.jsonl")[-1]["name"] == "diverged"
