@@ -24,6 +24,7 @@ from abf.ledger.budget import (
     Used,
     allocation_bounds,
     check_dates,
+    figure,
     limits,
     measure,
     spent_node_hours,
@@ -192,7 +193,7 @@ def _page(books: Books, study: str | None) -> list[str]:
     else:
         head = (
             f"account {site.account}, {allocation.start} to {allocation.end}, "
-            f"{allocation.node_hours:,.0f} node-hours, {when}"
+            f"{figure(allocation.node_hours)} node-hours, {when}"
         )
     rows = [
         ("spent", used.spent_node_hours, "all attempts of all users, running ones so far"),
@@ -201,14 +202,14 @@ def _page(books: Books, study: str | None) -> list[str]:
     ]
     lines = [
         head,
-        *(f"  {name:<10}{hours:>14,.2f} node-hours  {note}" for name, hours, note in rows),
+        *(f"  {name:<10}{figure(hours):>14} node-hours  {note}" for name, hours, note in rows),
     ]
     lines += _forecast_lines(books, study)
     for limit in books.limits():
         left = limit.cap_node_hours - limit.spent_node_hours - limit.committed_node_hours
         left -= limit.reserved_node_hours + books.forecast.high_node_hours
         lines.append(
-            f"  {'left':<10}{left:>14,.2f} node-hours  of {limit.cap_node_hours:,.2f}, "
+            f"  {'left':<10}{figure(left):>14} node-hours  of {figure(limit.cap_node_hours)}, "
             f"{limit.name}, after the forecast's upper end"
         )
     lines += _month_lines(books) + _tables(books) + _saldo_lines(books)
@@ -221,14 +222,14 @@ def _forecast_lines(books: Books, study: str | None) -> list[str]:
     lines = []
     if found.kinds:
         lines.append(
-            f"  {'forecast':<10}{found.median_node_hours:>14,.2f} node-hours  "
-            f"{INTERVAL:.0%} interval {found.low_node_hours:,.2f} to "
-            f"{found.high_node_hours:,.2f}, beyond what is committed"
+            f"  {'forecast':<10}{figure(found.median_node_hours):>14} node-hours  "
+            f"{INTERVAL:.0%} interval {figure(found.low_node_hours)} to "
+            f"{figure(found.high_node_hours)}, beyond what is committed"
         )
     for kind in found.kinds:
         lines.append(
-            f"    {kind.kind:<12}{kind.directories:>5} to do {kind.median_node_hours:>12,.2f} "
-            f"({kind.low_node_hours:,.2f} to {kind.high_node_hours:,.2f}), measured "
+            f"    {kind.kind:<12}{kind.directories:>5} to do {figure(kind.median_node_hours):>12} "
+            f"({figure(kind.low_node_hours)} to {figure(kind.high_node_hours)}), measured "
             f"{kind.measurements} time(s)" + (f"; {kind.note}" if kind.note else "")
         )
     if found.unmeasured:
@@ -259,11 +260,11 @@ def _month_lines(books: Books) -> list[str]:
     for month in months(books):
         spent += month.spent_node_hours
         shared += month.share_node_hours or 0.0
-        line = f"{month.name:<10}{month.spent_node_hours:>12,.2f}"
+        line = f"{month.name:<10}{figure(month.spent_node_hours):>12}"
         if allocation is not None and month.share_node_hours is not None:
-            left = f"{allocation.node_hours - spent:,.2f}" if month.begun else "-"
+            left = figure(allocation.node_hours - spent) if month.begun else "-"
             linear = max(allocation.node_hours - shared, 0.0)  # not -0.00 at the end
-            line += f"{month.share_node_hours:>12,.2f}{left:>14}{linear:>14,.2f}"
+            line += f"{figure(month.share_node_hours):>12}{left:>14}{figure(linear):>14}"
             if month.spent_node_hours > month.share_node_hours:
                 line += "  WARNING: above its share: the scheduler lowers the priority"
         lines.append(line)
@@ -287,15 +288,17 @@ def _tables(books: Books) -> list[str]:
     for title, table in (("state", states), ("user", users)):
         lines.append(f"{title:<16}{'node-hours':>14}{'attempts':>10}")
         ordered = sorted(table.items(), key=lambda item: -item[1][0])
-        lines += [f"  {name:<14}{hours:>14,.2f}{count:>10.0f}" for name, (hours, count) in ordered]
+        lines += [
+            f"  {name:<14}{figure(hours):>14}{count:>10.0f}" for name, (hours, count) in ordered
+        ]
     if books.plans:
         lines.append(f"{'study':<24}{'spent':>14}{'committed':>14}{'cap':>12}  node-hours")
     for plan in books.plans:
         spent, committed = books.used.of(set(plan["stages"]))
         cap = plan.get("cap_node_hours")
         lines.append(
-            f"  {plan['study']:<22}{spent:>14,.2f}{committed:>14,.2f}"
-            f"{'none' if cap is None else format(cap, ',.2f'):>12}"
+            f"  {plan['study']:<22}{figure(spent):>14}{figure(committed):>14}"
+            f"{'none' if cap is None else figure(cap):>12}"
         )
     if len(books.plans) > 1:
         lines.append("  what several studies share counts in each of them")
@@ -319,21 +322,21 @@ def _saldo_lines(books: Books) -> list[str]:
     slack = ROUNDING * used.spent_node_hours
     agrees = -slack - 0.01 <= difference <= recent + slack + 0.01
     lines = [
-        f"saldo -b: {book.consumed:,.0f} core-hours = {theirs:,.2f} node-hours, sacct: "
-        f"{used.spent_node_hours:,.2f}; difference {difference:,.2f}, "
+        f"saldo -b: {book.consumed:,.0f} core-hours = {figure(theirs)} node-hours, sacct: "
+        f"{figure(used.spent_node_hours)}; difference {figure(difference)}, "
         + (
-            f"explained by what ran in the last day ({recent:,.2f})"
+            f"explained by what ran in the last day ({figure(recent)})"
             if agrees
-            else f"WARNING: more than what ran in the last day ({recent:,.2f}) explains"
+            else f"WARNING: more than what ran in the last day ({figure(recent)}) explains"
         ),
-        f"  this month: {book.month_consumed / full:,.2f} of {book.month_total / full:,.2f} "
+        f"  this month: {figure(book.month_consumed / full)} of {figure(book.month_total / full)} "
         "node-hours",
     ]
     allocation = site.allocation
     if allocation is not None and abs(book.total / full - allocation.node_hours) > 1:
         lines.append(
-            f"  WARNING: saldo grants {book.total / full:,.2f} node-hours, the site file says "
-            f"allocation.node_hours={allocation.node_hours:,.2f}"
+            f"  WARNING: saldo grants {figure(book.total / full)} node-hours, the site file says "
+            f"allocation.node_hours={figure(allocation.node_hours)}"
         )
     return lines
 

@@ -49,6 +49,8 @@ CONFIG = "config.json"
 """What a stage directory is to hold, written before it is made."""
 ENDS = ("ledger", "report", "mlflow")
 """Stages that a study has one directory of, named after it."""
+FREE = frozenset({"fetch", *ENDS})
+"""Stages that the driver does itself (profiles/leonardo): they are billed nothing."""
 
 
 def stage_dir(path: Path | str) -> Path:

@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from abf.ledger.budget import figure
 from abf.seeing.hours import Hours
 from abf.seeing.look import STATES, Status, Work, look
 from abf.seeing.planned import read_planned
@@ -202,7 +203,7 @@ def _to_come(status: Status) -> Iterator[str]:
 def hours(value: Hours) -> str:
     """Core-hours and node-hours, whichever there are."""
     parts = [
-        f"{number:,.3g} {unit}" if number < 1000 else f"{number:,.0f} {unit}"
+        f"{figure(number)} {unit}"
         for number, unit in ((value.core, "core-hours"), (value.node, "node-hours"))
         if number
     ]

@@ -16,6 +16,7 @@ from abf.drive import Drive
 from abf.errors import ArtifactError, ConfigError, DivergenceError
 from abf.files import lock
 from abf.grid import load_study
+from abf.ledger.budget import figure
 from abf.plan import Plan
 from abf.seeing.at_work import lock_holder
 from abf.seeing.hours import Hours, hours_to_come
@@ -331,7 +332,10 @@ def test_figures_in_words() -> None:
         "5.6 h",
         "2.3 days",
     ]
-    assert hours(Hours(0.5, 1234)) == "0.5 core-hours and 1,234 node-hours"
+    assert hours(Hours(0.5, 1234)) == "0.50 core-hours and 1,234.00 node-hours"
+    assert [figure(h) for h in (0, 0.00001, 0.00278123, 0.0278, 0.0999, 0.3, -12.345, 90_000)] == [
+        *("0.00", "0.00", "0.00278", "0.0278", "0.10", "0.30", "-12.35", "90,000.00")
+    ]
 
 
 def test_a_damaged_plan_is_named(plan: Plan) -> None:

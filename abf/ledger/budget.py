@@ -76,12 +76,18 @@ class Limit:
         total = sum(parts.values())
         if total <= self.cap_node_hours * (1 + 1e-9):
             return
-        shown = " + ".join(f"{hours:,.2f} {name}" for name, hours in parts.items() if hours)
+        shown = " + ".join(f"{figure(hours)} {name}" for name, hours in parts.items() if hours)
         raise BudgetError(
-            f"{what} does not fit {self.name}: {shown} = {total:,.2f} of "
-            f"{self.cap_node_hours:,.2f} node-hours, {total - self.cap_node_hours:,.2f} too many. "
-            f"Running jobs finish. {self.remedy}; `abf budget` shows who spent what"
+            f"{what} does not fit {self.name}: {shown} = {figure(total)} of "
+            f"{figure(self.cap_node_hours)} node-hours, {figure(total - self.cap_node_hours)} too "
+            f"many. Running jobs finish. {self.remedy}; `abf budget` shows who spent what"
         )
+
+
+def figure(hours: float) -> str:
+    """Hours as text: hundredths, or three digits below 0.1: `90,000.00`, `0.30`, `0.0278`."""
+    small = 0.0001 <= abs(hours) < 0.0995
+    return f"{hours:.3g}" if small else f"{hours:,.2f}"
 
 
 # --- arithmetic --------------------------------------------------------------------------------

@@ -1,7 +1,8 @@
 """The ledger: one row per job attempt, from attempt records and a scheduler's records.
 
 Hours are wall-clock times what was reserved. A local attempt has core_hours = cores * elapsed_s /
-3600 and no node_hours; a scheduled one has node_hours and gpu_hours. Energy is joules.
+3600 and no node_hours; a scheduled one has node_hours and gpu_hours, and no hours at all before the
+scheduler has a record of it. Energy is joules.
 """
 
 from __future__ import annotations
@@ -14,9 +15,13 @@ from typing import Any
 import pyarrow as pa
 
 from abf.artifacts import LEDGER, stage_dir, write_table
+from abf.stages import FREE
+from abf.track.attempts import is_schedulers
 from abf.track.outcomes import attempt_outcomes
 
 CLUSTER = "local"
+UNRECORDED = "scheduler"
+"""Cluster of an attempt by a scheduler's job of which the scheduler has no record yet."""
 NOT_MEASURED = "not measured"
 
 
@@ -81,11 +86,14 @@ def ledger_rows(directory: Path, *, run: str) -> list[dict[str, Any]]:
 
 
 def _row(outcome: Mapping[str, Any]) -> dict[str, Any]:
-    energy = outcome.get("energy_j")
+    energy, job_id = outcome.get("energy_j"), str(outcome["job_id"])
+    # Its hours are the scheduler's to tell: node-hours, of more than this process was given. What a
+    # driver that is itself a job does on the side has the driver's id and is no job.
+    scheduled = is_schedulers(job_id) and outcome["rule"] not in FREE
     start = datetime.fromtimestamp(outcome["start"], UTC)
     return {
-        "cluster": CLUSTER,
-        "job_id": str(outcome["job_id"]),
+        "cluster": UNRECORDED if scheduled else CLUSTER,
+        "job_id": job_id,
         "submit_time": start.isoformat(timespec="milliseconds"),
         "attempt": outcome["attempt"],
         "rule": outcome["rule"],
@@ -96,7 +104,7 @@ def _row(outcome: Mapping[str, Any]) -> dict[str, Any]:
         "elapsed_s": outcome["elapsed_s"],
         "node_hours": None,
         "gpu_hours": None,
-        "core_hours": outcome["cores"] * outcome["elapsed_s"] / 3600,
+        "core_hours": None if scheduled else outcome["cores"] * outcome["elapsed_s"] / 3600,
         "energy_j": energy,
         "energy_source": outcome.get("energy_source") or (NOT_MEASURED if energy is None else ""),
     }

@@ -15,11 +15,8 @@ from typing import Any
 from abf.artifacts import PlanDocument
 from abf.ledger.budget import Used
 from abf.ledger.forecast import Measurement, Planned, training_parameters
-from abf.stages import CONFIG, ENDS, MANIFEST, STAGES
+from abf.stages import CONFIG, FREE, MANIFEST, STAGES
 from abf.track.pace import checkpointed_step
-
-FREE = frozenset({"fetch", *ENDS})
-"""Stages that the driver does itself (profiles/leonardo): they are billed nothing."""
 
 Read = Callable[[str, str], dict[str, Any] | None]
 """JSON of a file in a stage directory: place, name below it; none where there is no file."""

@@ -78,6 +78,11 @@ def job_id() -> str:
     return f"{os.getpid()}.{psutil.Process().create_time():.2f}"
 
 
+def is_schedulers(job_id: str) -> bool:
+    """Whether an attempt's id is one of a scheduler's: `job_id` makes others of two numbers."""
+    return job_id.isdigit()
+
+
 @contextlib.contextmanager
 def attempt(directory: Path, *, rule: str, run: str, cores: int) -> Iterator[dict[str, Any]]:
     """Record this attempt; what the body puts into the yielded dict joins the closing record.

@@ -57,6 +57,22 @@ def test_one_row_per_attempt(tmp_path: Path):
     assert counts["core_hours"] == pytest.approx(200 / 3600 + 0.21)
 
 
+def test_a_schedulers_job_without_a_record_yet_is_no_local_run(tmp_path: Path):
+    directory = tmp_path / "train" / "r"
+    opened = record(directory, 1, 1000.0, job_id="4711")
+    write(directory, opened, opened | closing(1000.0, 360.0, "COMPLETED"))
+    counts = build_ledger(tmp_path, [directory], tmp_path / "out")
+    (row,) = rows_of(tmp_path / "out")
+    assert (row["cluster"], row["core_hours"], row["node_hours"]) == ("scheduler", None, None)
+    assert (counts["attempts"], counts["core_hours"], counts["node_hours"]) == (1, 0, 0)
+    assert row["elapsed_s"] == 360
+    # What a driver's job does on the side is a local run.
+    fetch = tmp_path / "fetch" / "r"
+    opened = record(fetch, 1, 1000.0, job_id="4712")
+    write(fetch, opened, opened | closing(1000.0, 360.0, "COMPLETED"))
+    assert build_ledger(tmp_path, [fetch], tmp_path / "out")["core_hours"] == pytest.approx(0.2)
+
+
 def test_run_is_the_key_of_the_stage_directory(tmp_path: Path):
     """Decodes of two runs have the same folder name; their keys differ."""
     for run in ("a", "b"):

@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 from abf.cluster.jobs import tag
+from abf.ledger.budget import figure
 from tests.slurm.daemons import wait_for
 from tests.slurm.jobs import submit, wait_attempts, wait_state
 from tests.slurm.micro import LONG, Study
@@ -19,6 +20,11 @@ def abf(study: Study, *arguments: str) -> str:
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     return done.stdout
+
+
+def core_hours(said: str) -> str:
+    """What the screen says was spent without a scheduler."""
+    return said.partition("\nspent    ")[2].partition(" core-hours")[0]
 
 
 def test_status_sees_the_queue(study: Study) -> None:
@@ -39,6 +45,7 @@ def test_status_sees_the_queue(study: Study) -> None:
     assert f"{place}  job {job} PENDING" in said
     assert f"job {rule} PENDING" in said
     assert "no measurement yet: train" in said
+    before = core_hours(said)
 
     study.box.run("scancel", filler, rule)
     at_work(directory)
@@ -46,6 +53,8 @@ def test_status_sees_the_queue(study: Study) -> None:
              seconds=30, every=0.2)  # fmt: skip
     said = abf(study, "status")
     assert f"{place}  job {job} RUNNING" in said
+    assert "RUNNING, None" not in said
+    assert core_hours(said) == before  # its hours are the scheduler's to tell
     assert " left, " in said
     assert " tokens/s, time limit in " in said
     assert f"{place} is at work: attempt 1" in abf(study, "why", "train", "run.yaml")
@@ -56,7 +65,7 @@ def test_status_sees_the_queue(study: Study) -> None:
     (row,) = wait_attempts(study.box, str(job), "CANCELLED")
     said = abf(study, "status")
     # Two full nodes; the ledger's rule, from the scheduler's own seconds.
-    assert f" and {int(row['ElapsedRaw']) / 3600 * 2:.3g} node-hours in " in said
+    assert f" and {figure(int(row['ElapsedRaw']) / 3600 * 2)} node-hours in " in said
     assert f"failed   {place}" in said
     assert f"job {job} ended as CANCELLED" in said
     assert "_0_log.err:" in said
