@@ -95,7 +95,7 @@ def render(status: Status, page: Page, *, rows: int | None = None) -> list[str]:
     tail = Page(page.width, colour=page.colour)
     _tail(status, tail)
     room = None if rows is None else max(FEWEST_ROWS, rows - len(page.lines) - len(tail.lines) - 1)
-    _work(status.work, page, room)
+    _work([(planned.name(one.place), one) for one in status.work], page, room)
     return [*page.lines, *tail.lines]
 
 
@@ -127,13 +127,13 @@ def _table(status: Status, page: Page) -> None:
         )
 
 
-def _work(work: Sequence[Work], page: Page, room: int | None) -> None:
+def _work(work: Sequence[tuple[str, Work]], page: Page, room: int | None) -> None:
     # Trainings first: they are what one looks for, and the longest.
-    order = sorted(work, key=lambda w: (w.state != "running", w.pace is None, w.place))
+    order = sorted(work, key=lambda w: (w[1].state != "running", w[1].pace is None, w[0]))
     shown = order if room is None or len(order) <= room else order[: room - 1]
-    widest = max((len(w.place) for w in shown), default=0)
-    for one in shown:
-        page.add(f"{one.place:<{widest}}  {_describe(one)}", COLOURS[one.state])
+    widest = max((len(name) for name, _ in shown), default=0)
+    for name, one in shown:
+        page.add(f"{name:<{widest}}  {_describe(one)}", COLOURS[one.state])
     if rest := len(order) - len(shown):
         page.add(f"and {rest} more at work or waiting")
 
@@ -174,7 +174,8 @@ def _tail(status: Status, page: Page) -> None:
         return
     when = duration(max(0.0, time.time() - failure.when))
     failed = sum(state == "failed" for state in status.states.values())
-    page.add(f"failed   {failure.place}, {when} ago ({failed} failed in all)", COLOURS["failed"])
+    name = status.planned.name(failure.place)
+    page.add(f"failed   {name}, {when} ago ({failed} failed in all)", COLOURS["failed"])
     reason = failure.reason.splitlines()[0] if failure.reason else "no reason given"
     # Whole: it ends in what to do.
     for line in [reason] if page.width is None else textwrap.wrap(reason, page.width - len(INDENT)):

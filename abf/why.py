@@ -10,7 +10,7 @@ import json
 import os
 import shlex
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from abf.cluster.jobs import job_record
@@ -23,7 +23,7 @@ from abf.stages import STAGES, stage_dir
 from abf.track.outcomes import attempt_outcomes
 
 MOST = 6
-"""Root causes and differing keys that are spelled out; the others are counted."""
+"""Directories, causes and differing keys that are spelled out; the others are counted."""
 NEVER_RUN = "never run"
 
 
@@ -34,8 +34,37 @@ class Why:
         self.planned, self.results = planned, planned.results
         self.rerun, self.differences = Rerun(planned), Differences(planned)
 
-    def explain(self, place: str) -> list[str]:
-        """A verdict, and under it the reasons, indented."""
+    def answer(self, places: Sequence[str]) -> list[str]:
+        """Verdicts on some directories, those of one verdict and one reason together."""
+        alone = len(places) == 1
+        # Where several begin what is new, the keys of each would bury the rest.
+        begin = [p for p in places if p in self.planned.places and not self.roots(p)]
+        begin = [p for p in begin if not self.rerun.standing(p).finished]
+        groups: dict[tuple[str, ...], list[str]] = {}
+        for place in places:
+            keys = alone or begin == [place]
+            verdict, *reasons = self.explain(place, keys=keys, when=alone)
+            groups.setdefault((verdict.removeprefix(place), *reasons), []).append(place)
+        lines = []
+        for (verdict, *reasons), here in groups.items():
+            lines += [f"{self._named(here)}{verdict}", *reasons]
+        if len(begin) > 1 and not alone:
+            lines.append(
+                "(name one alone to see the nearest finished one and the keys that differ)"
+            )
+        return lines
+
+    def _named(self, places: Sequence[str]) -> str:
+        rest = f" and {len(places) - MOST} more" if len(places) > MOST else ""
+        return ", ".join(map(self.planned.name, places[:MOST])) + rest
+
+    def explain(self, place: str, *, keys: bool = True, when: bool = True) -> list[str]:
+        """A verdict, and under it the reasons, indented.
+
+        Args:
+            keys: for what was never made, the nearest finished directory and the differing keys.
+            when: for what was, the time.
+        """
         if place not in self.planned.places:
             return self._explain_unplanned(place)
         outcomes = attempt_outcomes(self.results / place)
@@ -49,9 +78,10 @@ class Why:
                 return [
                     f"{place} will not run: it has no manifest, but nothing that is to run reads it"
                 ]
+            at = f" {self._when(place)}" if when else ""
             lines = [
-                f"{place} will not run: it was finished {self._when(place)} with the stage "
-                "version, configuration and inputs that are asked for now"
+                f"{place} will not run: it was finished{at} with the stage version, configuration "
+                "and inputs that are asked for now"
             ]
             if wrong:
                 lines.append(
@@ -64,7 +94,7 @@ class Why:
                 f"{place} will only be declared: its work was finished {self._when(place)} and is "
                 "not repeated"
             ]
-        return [f"{place} will run", *(f"  {reason}" for reason in self._reasons(place))]
+        return [f"{place} will run", *(f"  {reason}" for reason in self._reasons(place, keys))]
 
     def roots(self, place: str) -> dict[str, str]:
         """What above a directory starts it all: place -> reason, in pipeline order."""
@@ -85,24 +115,28 @@ class Why:
         later = {up for up in waiting if self.rerun.above(up) & found.keys()}
         return {up: reason for up, reason in found.items() if up not in later}
 
-    def _reasons(self, place: str) -> Iterator[str]:
-        standing = self.rerun.standing(place)
+    def _reasons(self, place: str, keys: bool) -> Iterator[str]:
+        standing, roots = self.rerun.standing(place), self.roots(place)
         if not standing.finished:
-            yield self._unfinished(place)
+            own = self._unfinished(place)
+            # What waits for others has not run: their reason says it.
+            if own != NEVER_RUN or not roots:
+                yield own
         yield from standing.faults
         if standing.finished and not standing.declared and (wrong := self.rerun.damage(place)):
             yield wrong
-        roots = self.roots(place)
         stage = STAGES[place.partition("/")[0]]
         if standing.finished and not standing.faults and not roots and not stage.pure:
             yield "what it reads is declared again, and it reads more than its inputs"
-        shown = list(roots.items())[:MOST]
-        for up, reason in shown:
-            yield f"because of {up}: {reason}"
-        if rest := len(roots) - len(shown):
+        causes: dict[str, list[str]] = {}
+        for up, reason in roots.items():
+            causes.setdefault(reason, []).append(up)
+        for reason, ups in list(causes.items())[:MOST]:
+            yield f"because of {self._named(ups)}: {reason}"
+        if rest := sum(map(len, list(causes.values())[MOST:])):
             yield f"and because of {rest} more above it"
         yield from self._obstacles(place)
-        if not standing.finished:
+        if keys and not standing.finished:
             yield from self._nearest(place)
 
     def _obstacles(self, place: str) -> Iterator[str]:
@@ -143,7 +177,8 @@ class Why:
         if found is None:
             return
         other, keys = found
-        yield f"nearest finished one: {other}, with other keys (there -> here)"
+        name = self.planned.name(other)
+        yield f"nearest finished one: {name}, with other keys (there -> here)"
         yield from _cut([f"  {key}" for key in keys])
 
     def _explain_unplanned(self, place: str) -> list[str]:
@@ -217,8 +252,7 @@ def show_why(target: str, results: Path, study: Path | None) -> None:
     if not planned.plans:
         raise ConfigError(f"{results} holds no plan: name the study file, abf why {target} STUDY")
     why = Why(planned)
-    for place in why.find(target):
-        print("\n".join(why.explain(place)))
+    print("\n".join(why.answer(why.find(target))))
     if study is None:
         print("(by the plans on disk; name the study file to see what it asks for now)")
 

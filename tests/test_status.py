@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from abf.drive import Drive
-from abf.errors import ArtifactError, ConfigError, DivergenceError
+from abf.errors import ArtifactError, ConfigError
 from abf.files import lock
 from abf.grid import load_study
 from abf.ledger.budget import figure
@@ -154,26 +154,6 @@ def test_running_and_killed(plan: Plan) -> None:
     assert found.failure is not None
     assert "killed or power lost" in found.failure.reason
     assert "it left no log" in screen()
-
-
-def test_a_long_reason_is_shown_whole(plan: Plan) -> None:
-    train = plan.cells[0].train.place
-    reason = f"step 5: loss nan. Batch: {', '.join(map(str, range(300)))}. Lower train.optim.lr"
-    with (
-        pytest.raises(DivergenceError),
-        stage("train", RESULTS / train, inputs={}, config=None),
-    ):
-        raise DivergenceError(reason)
-    assert reason in screen()
-    narrow = screen(width=60)
-    assert reason in " ".join(line.strip() for line in narrow.splitlines())
-    assert max(map(len, narrow.splitlines())) <= 60
-    with (
-        pytest.raises(ValueError, match="x"),
-        stage("train", RESULTS / train, inputs={}, config=None),
-    ):
-        raise ValueError("x" * 2000)
-    assert f"         ValueError: {'x' * 487}…" in screen()
 
 
 def test_an_interrupt_is_to_do(plan: Plan) -> None:

@@ -60,6 +60,24 @@ class Planned:
         """Where the planned places are."""
         return [self.results / place for place in self.places]
 
+    @cached_property
+    def _cells(self) -> dict[str, list[str]]:
+        """Cells by the trainings and decodings that they use."""
+        found: dict[str, list[str]] = {}
+        for plan in self.plans:
+            study = f"{plan['study']}: " if len(self.plans) > 1 else ""
+            for cell in plan["cells"]:
+                for place in (cell["train"], *cell["decodes"].values()):
+                    found.setdefault(place, []).append(study + cell["name"])
+        return found
+
+    def name(self, place: str) -> str:
+        """The place, and its cell where the key does not say it: arms may share all but a hash."""
+        cells = self._cells.get(place)
+        if cells is None or slug(place).split("/")[1] in cells:
+            return place
+        return f"{place} ({cells[0]}" + (f" and {len(cells) - 1} more)" if cells[1:] else ")")
+
     @property
     def targets(self) -> frozenset[str]:
         """What Snakemake is asked for."""
