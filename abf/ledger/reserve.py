@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from abf.artifacts import read_plans
+from abf.cluster import slurm
 from abf.cluster.config import SiteConfig
 from abf.cluster.history import Attempt
 from abf.errors import ClusterError
@@ -90,7 +91,8 @@ def open_reservations(
 def unrecorded(
     reserved: Mapping[str, dict[str, Any]], attempts: Sequence[Attempt], oldest: float
 ) -> dict[str, dict[str, Any]]:
-    """Reservations whose job is not on record; those from before `oldest` never became a job."""
+    """Reservations whose job is not on record; those from before `oldest` never became a job,
+    unless the queue has it: a database that lags must not let another one through."""
     ids = {attempt.job_id for attempt in attempts}
     names: dict[str, int] = {}
     for attempt in attempts:
@@ -101,10 +103,13 @@ def unrecorded(
             return entry["job_id"] in ids
         return names.get(entry["name"], 0) >= entry["at"] - CLOCK_SLACK_S
 
+    missing = {place: entry for place, entry in reserved.items() if not on_record(entry)}
+    old = {entry["job_id"] for entry in missing.values() if entry["at"] < oldest} - {None}
+    alive = old & {job.job_id for job in slurm.queue() if job.live} if old else old
     return {
         place: entry
-        for place, entry in reserved.items()
-        if entry["at"] >= oldest and not on_record(entry)
+        for place, entry in missing.items()
+        if entry["at"] >= oldest or entry["job_id"] in alive
     }
 
 

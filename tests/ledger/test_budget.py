@@ -14,6 +14,7 @@ import pytest
 
 from abf.cluster.config import LaunchConfig
 from abf.cluster.history import Attempt, parse
+from abf.cluster.slurm import SEPARATOR
 from abf.errors import BudgetError, ClusterError, ConfigError
 from abf.grid import load_study
 from abf.ledger.budget import (
@@ -134,6 +135,19 @@ def test_the_allocation_counts_colleagues_queue_and_reservations(
     later = int(time.time()) + 5
     named = [attempt(line(job_id="77")), attempt(line(job_id="78", name="b", submit=later))]
     assert open_reservations(results, named, SITE) == {}
+
+
+@pytest.mark.parametrize("state", ["RUNNING", "COMPLETED", None])
+def test_a_job_that_the_database_does_not_know_yet_stays_reserved_while_it_lives(
+    plan: Callable[..., Plan], tmp_path: Path, records: Callable[..., None], state: str | None
+):
+    place, results = plan().cells[0].train.place, tmp_path / "results"
+    fields = ["77", state, "None", "n", "c", "boost_usr_prod", "1:00"]
+    records(queue=SEPARATOR.join(fields) + "\n" if state else "")
+    with allow(1, place=place, job_name="t", results=results, site=SITE) as note:
+        note("77")
+    late = SITE.model_copy(update={"unknown_seconds": -1.0})  # too old, however young
+    assert bool(open_reservations(results, [], late)) == (state == "RUNNING")
 
 
 def test_a_refused_submission_leaves_nothing_reserved(
