@@ -62,7 +62,10 @@ def find_wheels(folder: Path, pins: Mapping[str, Requirement]) -> dict[str, Path
     usable = set(sys_tags())
     found = {}
     for path in sorted(folder.glob("*.whl")):
-        name, version, _, tags = parse_wheel_filename(path.name)
+        try:
+            name, version, _, tags = parse_wheel_filename(path.name)
+        except ValueError:  # its name is no wheel's: somebody else's file
+            continue
         pin = pins.get(name)
         if pin and pin.specifier.contains(version, prereleases=True) and tags & usable:
             found[str(name)] = path
@@ -228,6 +231,19 @@ def imports(pins: Mapping[str, Requirement]) -> str:
     return ", ".join(done.stdout.splitlines()) or "none of them compiled"
 
 
+def refuse_strange(document: Any) -> None:
+    """Raise ValueError for the first value of a manifest that `build` would not have written."""
+    for key, kind in {"environment": str, "python": str, "wheels": dict}.items():
+        value = document.get(key) if isinstance(document, dict) else document
+        if not isinstance(value, kind):
+            raise ValueError(f"{key} is {value!r:.80}")
+    for name, entry in document["wheels"].items():
+        parse_wheel_filename(name)
+        kinds = {key: type(value) for key, value in entry.items()} if type(entry) is dict else {}
+        if kinds != {"bytes": int, "sha256": str}:
+            raise ValueError(f"wheels: {name!r} is {entry!r:.80}")
+
+
 def read_manifest(folder: Path, environment: str) -> dict[str, Any]:
     """The manifest of a folder that holds this environment."""
     path = folder / MANIFEST
@@ -238,9 +254,10 @@ def read_manifest(folder: Path, environment: str) -> dict[str, Any]:
         )
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
-        found = document["environment"]
-    except (ValueError, KeyError) as error:
+        refuse_strange(document)
+    except ValueError as error:
         raise Fault(f"{path} is damaged ({error}): delete it and make the wheelhouse") from error
+    found = document["environment"]
     if found != environment:
         raise Fault(
             f"{folder} holds the {found} environment, not {environment}: "
@@ -285,6 +302,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         command(given.folder, envs=given.envs, environment=given.environment)
     except Fault as fault:
         print(f"wheelhouse: {fault}", file=sys.stderr)
+        return 1
+    except OSError as error:  # a folder that is none, a full disk
+        print(f"wheelhouse: {error.filename or given.folder}: {error.strerror}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("wheelhouse: interrupted; the same command goes on from here", file=sys.stderr)

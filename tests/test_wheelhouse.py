@@ -201,3 +201,43 @@ def test_the_image_copies_what_there_is_from_a_fixed_base() -> None:
     # The wheels are what `make wheelhouse WHEELS=cuda` writes when no folder is named.
     assert sources[0] == "wheelhouse/cuda"
     assert [name for name in sources[1:] if not (root / name).exists()] == []
+
+
+@pytest.mark.parametrize(
+    ("manifest", "said"),
+    [
+        ("[]", "environment is []"),
+        ("\xff", "can't decode byte"),
+        ('{"environment": "cpu", "python": "p", "wheels": ["a"]}', "wheels is ['a']"),
+        ('{"environment": 3, "python": "p", "wheels": {}}', "environment is 3"),
+        ('{"environment": "cpu", "python": "p", "wheels": {"a": {}}}', "extension must be '.whl'"),
+        (
+            '{"environment": "cpu", "python": "p", "wheels": {"a-1-py3-none-any.whl": [1]}}',
+            "'a-1-py3-none-any.whl' is [1]",
+        ),
+        (
+            '{"environment": "cpu", "python": "p", "wheels": '
+            '{"../a-1-py3-none-any.whl": {"bytes": 1, "sha256": "0"}}}',
+            "Invalid project name: ../a-1-py3-none-any",
+        ),
+    ],
+)
+@pytest.mark.parametrize("command", ["build", "check", "install"])
+def test_a_manifest_of_another_shape_is_one_line(
+    place: Place, command: str, manifest: str, said: str
+) -> None:
+    place.folder.mkdir()
+    (place.folder / "manifest.json").write_bytes(manifest.encode("latin-1"))
+    (place.folder / "not a wheel.whl").touch()
+    done = place(command)
+    assert (done.returncode, done.stderr.count("\n")) == (1, 1), done.stderr
+    assert f"wheelhouse: {place.folder / 'manifest.json'} is damaged (" in done.stderr
+    assert said in done.stderr
+
+
+def test_a_folder_that_is_a_file_is_one_line(place: Place) -> None:
+    place.folder.touch()
+    for command in ("build", "check", "install"):
+        done = place(command)
+        assert (done.returncode, done.stderr.count("\n")) == (1, 1), done.stderr
+        assert str(place.folder) in done.stderr
