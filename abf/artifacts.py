@@ -7,7 +7,6 @@ written last: a directory without a manifest is unfinished. Imports neither torc
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from collections.abc import Mapping
@@ -17,6 +16,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from abf.documents import parse_document
 from abf.errors import ArtifactError
 from abf.files import atomic_path, fsync_path, sha256
 from abf.stages import MANIFEST, stage_dir
@@ -235,12 +235,12 @@ def read_manifest(directory: Path, stage: str | None = None) -> dict[str, Any]:
     directory = stage_dir(directory)
     path = directory / MANIFEST
     try:
-        manifest = json.loads(path.read_text())
+        manifest = parse_document(path, path.read_bytes())
     except FileNotFoundError:
         raise ArtifactError(f"{directory} is unfinished: it has no {MANIFEST}") from None
     except ValueError as error:
         raise ArtifactError(
-            f"{path} is not JSON ({error}): delete {directory} and run the same command again"
+            f"{path} is damaged ({error}): delete {directory} and run the same command again"
         ) from error
     if stage is not None and manifest.get("stage") != stage:
         raise ArtifactError(f"{path} was written by {manifest.get('stage')!r}, not by {stage!r}")
@@ -275,7 +275,7 @@ def read_plan(path: Path) -> PlanDocument:
         ArtifactError: there is none, or it is damaged.
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return parse_document(path, path.read_bytes())
     except FileNotFoundError:
         raise ArtifactError(f"{path} does not exist; `abf plan STUDY.yaml` writes it") from None
     except ValueError as error:

@@ -18,6 +18,7 @@ from typing import Any
 
 import psutil
 
+from abf.documents import parse_document
 from abf.errors import ArtifactError, LockError
 
 
@@ -30,10 +31,29 @@ def fsync_path(path: Path) -> None:
         os.close(handle)
 
 
+def real_path(path: Path) -> Path:
+    """Where a path leads, through links; a circle of links is left as it is."""
+    return Path(os.path.realpath(path))
+
+
+def make_folder(path: Path) -> None:
+    """Make a folder and those above it.
+
+    Raises:
+        ArtifactError: the file system takes none there (as in /proc); an OSError says more.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except FileNotFoundError as error:
+        raise ArtifactError(
+            f"{path}: no folder can be made here ({error.strerror}): name another place"
+        ) from error
+
+
 @contextlib.contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
     """Yield a temporary name beside `path`; on success flush it and rename it, else remove it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     temporary = path.parent / f".{path.name}.{os.getpid()}.tmp"
     try:
         yield temporary
@@ -64,9 +84,9 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_if_json(path: Path) -> dict[str, Any] | None:
-    """JSON of a file; none when it is missing or no JSON."""
+    """JSON of a file; none when it is missing or not what is written under its name."""
     try:
-        return json.loads(path.read_bytes())
+        return parse_document(path, path.read_bytes())
     except (FileNotFoundError, NotADirectoryError, ValueError):
         return None
 
@@ -83,8 +103,9 @@ def lock(directory: Path, what: str) -> Iterator[None]:
 
     Raises:
         LockError: another process holds it; names host, process and since when.
+        ArtifactError: the folder is not there and cannot be made.
     """
-    directory.mkdir(parents=True, exist_ok=True)
+    make_folder(directory)
     path = directory / ".lock"
     with open(path, "a+", encoding="utf-8") as handle:
         try:

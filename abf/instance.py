@@ -13,7 +13,7 @@ from typing import Any
 
 from abf.cluster.config import LaunchConfig
 from abf.data.local import matching_files
-from abf.files import read_if_json
+from abf.files import make_folder, read_if_json
 from abf.hardware import resolve_precision
 from abf.stages import STAGES
 
@@ -119,7 +119,7 @@ def write_if_changed(path: Path, document: dict[str, Any]) -> bool:
     before = read_if_json(path)
     if before == document:
         return False
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     temporary = path.with_suffix(f".{os.getpid()}.tmp")
     temporary.write_text(json.dumps(document, indent=1, sort_keys=True) + "\n", encoding="utf-8")
     os.replace(temporary, path)

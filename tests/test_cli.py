@@ -87,7 +87,7 @@ def test_help_describes_and_gives_an_example(
 
 def test_a_port_that_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "plan").mkdir()
-    (tmp_path / "plan" / "s.json").write_text(json.dumps({"study": "s", "stages": []}))
+    (tmp_path / "plan" / "s.json").write_text(json.dumps({"study": "s", "stages": [], "cells": []}))
     monkeypatch.setattr(study, "ingest_study", lambda *_: {"experiment": "1"})
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))

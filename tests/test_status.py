@@ -327,7 +327,7 @@ def test_a_damaged_plan_is_named(plan: Plan) -> None:
 def test_a_driver_that_ended_without_a_word_is_not_said_to_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    record = {"job_id": "7", "study": "grid.yaml", "state": "running"}
+    record = {"job_id": "7", "study": "grid.yaml", "state": "running", "command": []}
     drive = Drive(tmp_path)
     drive.folder.mkdir()
     (drive.folder / "drive.json").write_text(json.dumps(record))

@@ -7,12 +7,12 @@ scheduler's records. What was computed without a scheduler says nothing about it
 from __future__ import annotations
 
 import functools
-import json
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from abf.artifacts import PlanDocument
+from abf.files import read_if_json
 from abf.ledger.budget import Used
 from abf.ledger.forecast import Measurement, Planned, training_parameters
 from abf.stages import CONFIG, FREE, MANIFEST, STAGES
@@ -27,10 +27,7 @@ def reader(results: Path) -> Read:
 
     @functools.cache
     def read(place: str, name: str) -> dict[str, Any] | None:
-        try:
-            return json.loads((results / place / name).read_bytes())
-        except FileNotFoundError:
-            return None
+        return read_if_json(results / place / name)
 
     return read
 
@@ -135,34 +132,42 @@ def training_of(place: str, config: Mapping[str, Any]) -> dict[str, Any] | None:
     settings = config["config"]
     match _stage(place):
         case "base":
-            return settings["base"].get("train")
+            return settings.get("base", {}).get("train")
         case "train":
-            return settings["train"]
+            return settings.get("train")
     return None
 
 
 def parameters_of(place: str, read: Read) -> float | None:
-    """Parameters of the trained model; none while an imported base is not there."""
-    base = place
+    """Parameters of the trained model; none while an imported base, or a settings file, is lost."""
+    base: str | None = place
     if _stage(place) == "train":
-        init = (read(place, CONFIG) or {})["inputs"]["init"]
-        base = (read(init, CONFIG) or {})["inputs"]["base"]
+        base = _input(_input(place, "init", read), "base", read)
+    if base is None:
+        return None
     manifest = manifest_of(base, read)
     if manifest is not None and "parameters" in manifest["counts"]:
         return float(manifest["counts"]["parameters"])
-    document = read(base, CONFIG) or {}
-    settings = document["config"]["base"]
-    if settings["kind"] != "pretrain":
+    packed = _input(base, "packed", read)  # of what is imported there is none
+    tokenizer = _input(packed, "tokenizer", read)
+    if packed is None or tokenizer is None:
         return None
-    packed = read(document["inputs"]["packed"], CONFIG) or {}
-    tokenizer = read(packed["inputs"]["tokenizer"], CONFIG) or {}
+    settings, packing, words = (read(p, CONFIG) for p in (base, packed, tokenizer))
+    if settings is None or packing is None or words is None:
+        return None
     return float(
         training_parameters(
-            settings["shape"],
-            vocabulary=tokenizer["config"]["tokenizer"]["vocab_size"],
-            longest_block=packed["config"]["pack"]["max_block"],
+            settings["config"]["base"]["shape"],
+            vocabulary=words["config"]["tokenizer"]["vocab_size"],
+            longest_block=packing["config"]["pack"]["max_block"],
         )
     )
+
+
+def _input(place: str | None, name: str, read: Read) -> str | None:
+    """The input of that name of a planned directory; none where that is not known."""
+    document = read(place, CONFIG) if place else None
+    return document["inputs"].get(name) if document else None
 
 
 def _checkpointed_tokens(place: str, training: Mapping[str, Any], read: Read, results: Path) -> int:

@@ -22,7 +22,10 @@ def finish(directory: Path, **counts: int) -> None:
 
     (directory / ".done").mkdir(parents=True)
     version = STAGES[directory.parent.name].version
-    document = {"stage_version": version, "counts": counts}
+    document = {
+        "stage": directory.parent.name, "stage_version": version, "config": None, "inputs": {},
+        "counts": counts, "files": {},
+    }  # fmt: skip
     (directory / ".done/manifest.json").write_text(json.dumps(document))
 
 

@@ -37,7 +37,10 @@ def finish(directory: Path, size: int) -> None:
     (directory / ".done").mkdir(parents=True, exist_ok=True)
     entry = {"bytes": size, "sha256": "", "mtime_ns": 0}
     version = STAGES[directory.parent.name].version
-    document = {"stage_version": version, "counts": {}, "files": {"payload": entry}}
+    document = {
+        "stage": directory.parent.name, "stage_version": version, "config": None, "inputs": {},
+        "counts": {}, "files": {"payload": entry},
+    }  # fmt: skip
     (directory / ".done/manifest.json").write_text(json.dumps(document))
 
 
@@ -121,7 +124,7 @@ def test_the_day_on_which_the_oldest_file_goes(plan: Callable[..., Plan], tmp_pa
     oldest.write_text("unread")
     then = time.time() - 30 * 86400
     os.utime(oldest, (then, then))
-    config = {"scratch": tmp_path, "purge_days": 40}
+    config = {"scratch": planned.results, "purge_days": 40}
     *_, alone = judge(measured(planned, StorageConfig.model_validate(config)))
     day = time.strftime("%Y-%m-%d", time.localtime(then + 40 * 86400))
     assert f"fetch/old, goes on {day}, and nothing is copied: set storage.work" in alone.text
