@@ -230,12 +230,14 @@ def _run(arguments: argparse.Namespace) -> int:
         print_plan(arguments.study, arguments.results)
     elif command == "config":
         from abf.grid import load_study
+        from abf.outside import check_outside
         from abf.reference import check_reference, write_reference
 
         if not arguments.files and not arguments.write and not arguments.check:
             raise ConfigError("give YAML files to check, --write FOLDER, or --check FOLDER")
         for file in arguments.files:
             study = load_study(file)
+            check_outside(study)
             print(f"{file}: {len(study.cells)} cell(s), all valid")
         if arguments.write:
             write_reference(arguments.write)
@@ -290,7 +292,7 @@ def main(argv: list[str] | None = None) -> int:
         return error.exit_code
     except BrokenPipeError:  # `abf ... | head`: nobody reads on
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+        return 128 + signal.SIGPIPE  # as any command that was not read to its end
     except OSError as error:
         fault = os_fault(error)
         if fault is None:

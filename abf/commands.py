@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from collections.abc import Callable, Mapping
@@ -13,6 +12,7 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from abf.base import SEEDS
+from abf.documents import parse_document
 from abf.errors import ArtifactError
 from abf.files import lock
 from abf.instance import origin
@@ -39,14 +39,14 @@ class Job:
         directory = stage_dir(path)
         config = directory / CONFIG
         try:
-            document = json.loads(config.read_text(encoding="utf-8"))
+            document = parse_document(config, config.read_bytes())
         except FileNotFoundError:
             raise ArtifactError(
                 f"{config} does not exist; `abf plan STUDY.yaml` writes and lists them"
             ) from None
         except ValueError as error:
             raise ArtifactError(
-                f"{config} is not JSON ({error}); delete it and plan again"
+                f"{config} is damaged ({error}); delete it and plan again"
             ) from None
         if document.get("stage") != name:
             raise ArtifactError(
@@ -369,7 +369,11 @@ def run_stage(name: str, path: Path, *, declared: bool = True) -> None:
     directory, inputs = job.directory, job.all_inputs()
     config = directory / CONFIG
     with lock(directory, f"abf {name}"):
-        if job.finished():
+        try:
+            finished = job.finished()
+        except ArtifactError:  # an input is not whole: the attempt below says so, on record
+            finished = False
+        if finished:
             if declared:
                 print(f"{directory} was finished before, from these very inputs: declared again")
                 declare(directory)

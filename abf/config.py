@@ -135,11 +135,26 @@ class RunConfig(ConfigModel):
                         f"tasks.{name}: prompt_tokens + new_tokens + 1 = {slots} is longer than "
                         f"pack.row_length={self.pack.row_length}, what the model was trained on"
                     )
+        self._check_ranks()
         if self.train.micro_rows and self.train.batch_rows % self.train.micro_rows:
             raise ValueError(
                 f"train.micro_rows={self.train.micro_rows} must divide "
                 f"train.batch_rows={self.train.batch_rows}"
             )
+
+    def _check_ranks(self) -> None:
+        """Every rank of a training needs a row of every step."""
+        ranks = self.launch.nodes * self.launch.ranks_per_node
+        trainings = {"train": self.train}
+        if isinstance(self.base, PretrainedBase):
+            trainings["base.train"] = self.base.train
+        for name, training in trainings.items():
+            if training.batch_rows < ranks:
+                raise ValueError(
+                    f"{name}.batch_rows={training.batch_rows} is less than a row for each of the "
+                    f"{ranks} ranks of launch.nodes={self.launch.nodes} x launch.ranks_per_node="
+                    f"{self.launch.ranks_per_node}: raise it, or start fewer ranks"
+                )
 
 
 class _Loader(yaml.SafeLoader):

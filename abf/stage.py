@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from abf.artifacts import file_entries, publish, read_manifest
-from abf.files import lock, sha256, write_json, write_text
+from abf.files import lock, read_if_json, sha256, write_json, write_text
 from abf.stages import CONFIG, MANIFEST, STAGES, stage_dir
 from abf.track.attempts import attempt
 
@@ -109,15 +109,21 @@ def _same_inputs(before: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
 
 
 def is_finished(name: str, directory: Path, *, inputs: Inputs, config: Path | None) -> bool:
-    """Whether `directory` holds this very work, finished and whole, declared or not."""
-    spec, done = STAGES[name], directory / DONE / MANIFEST
+    """Whether `directory` holds this very work, finished and whole, declared or not.
+
+    Raises:
+        ArtifactError: an input is unfinished or damaged, whatever lies here: nothing is submitted
+            that could only find that out.
+    """
+    spec, done, made_from = STAGES[name], directory / DONE / MANIFEST, hash_inputs(inputs)
     if not spec.pure or not done.exists():
         return False
-    manifest = json.loads(done.read_text(encoding="utf-8"))
+    manifest = read_if_json(done)
     return (
-        manifest["stage_version"] == spec.version
+        manifest is not None
+        and manifest["stage_version"] == spec.version
         and manifest["config"] == (None if config is None else sha256(config))
-        and _same_inputs(manifest["inputs"], hash_inputs(inputs))
+        and _same_inputs(manifest["inputs"], made_from)
         and all((directory / part).exists() for part in spec.payload)
         and _contents(manifest["files"]) == _contents(file_entries(directory, spec.payload))
     )

@@ -18,9 +18,10 @@ from typing import Any
 
 from abf.artifacts import PlanDocument, read_manifest, read_plans
 from abf.errors import ConfigError
-from abf.files import lock_holder, sha256
+from abf.files import lock_holder, make_folder, read_if_json, sha256
 from abf.grid import load_study
 from abf.ledger.slurm import rows_so_far
+from abf.outside import check_outside
 from abf.plan import Plan
 from abf.report.config import ReportConfig
 from abf.report.inputs import MissingCell, ReportCell, ReportPlan, SourceNote
@@ -46,8 +47,7 @@ def flatten(value: Any, prefix: str = "") -> dict[str, str]:
 
 
 def _manifest(directory: Path) -> dict[str, Any] | None:
-    path = directory / MANIFEST
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+    return read_if_json(directory / MANIFEST)
 
 
 def _references(directory: Path) -> list[tuple[str, Path, str, int]]:
@@ -96,7 +96,7 @@ def _own_store(folder: Path) -> str:
 
     MLflow keeps absolute artifact paths. The store only mirrors files, so nothing is lost.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     home, here = folder / "home", f"{folder.resolve()}\n"
     if home.exists() and home.read_text(encoding="utf-8") != here:
         print(f"{folder} was moved or copied here: the MLflow store is made anew from the files")
@@ -260,7 +260,9 @@ def serve_ui(results: Path, port: int) -> None:
 
 def print_plan(study: Path, results: Path) -> None:
     """Write the plan and print every stage directory with its state."""
-    plan = Plan(load_study(study), results)
+    cells = load_study(study)
+    check_outside(cells)
+    plan = Plan(cells, results)
     changed = plan.write()
     states: dict[str, int] = {}
     for instance in plan.instances.values():

@@ -84,6 +84,14 @@ def fault(tmp_path: Path):
         ("- a", ["must hold a mapping"]),
         ("a: [", ["is not YAML"]),
         ("train: {micro_rows: 3}", ["train.micro_rows=3", "batch_rows=8"]),
+        (
+            "launch: {nodes: 3}",
+            ["train.batch_rows=8", "12 ranks", "launch.nodes=3 x launch.ranks_per_node=4"],
+        ),
+        (
+            "base: {kind: pretrain, train: {objective: {kind: ar}, batch_rows: 3}}",
+            ["base.train.batch_rows=3", "4 ranks", "raise it, or start fewer ranks"],
+        ),
     ],
 )
 def test_faults_name_path_value_and_choices(fault, text: str, parts: list[str]) -> None:

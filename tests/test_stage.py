@@ -19,6 +19,7 @@ import pytest
 
 from abf import files
 from abf.artifacts import TOKENS, read_manifest, read_table, write_table
+from abf.cli import main
 from abf.errors import ArtifactError, Interrupted, LockError
 from abf.files import atomic_path, lock, write_json
 from abf.stage import declare, is_finished, stage
@@ -156,7 +157,7 @@ def test_damaged_input_is_refused_by_name(tmp_path: Path, damage: str) -> None:
         (upstream / "manifest.json").write_text("{")
     with (
         pytest.raises(
-            ArtifactError, match=r"ingested\.json (has 3|is missing)|manifest\.json is not"
+            ArtifactError, match=r"ingested\.json (has 3|is missing)|manifest\.json is damaged"
         ),
         stage("mlflow", tmp_path / "down", inputs={"up": upstream}, config=None),
     ):
@@ -261,3 +262,25 @@ def test_the_heartbeat_tells_how_long_a_killed_attempt_lasted(
         first = (tmp_path / ".heartbeat").stat().st_mtime_ns
         while (tmp_path / ".heartbeat").stat().st_mtime_ns == first:
             time.sleep(0.01)
+
+
+def test_nothing_is_submitted_whose_inputs_are_not_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    results = tmp_path / "results"
+    (tmp_path / "site.yaml").write_text("account: a\n")
+    (tmp_path / "run.yaml").write_text("study: s\n")
+    monkeypatch.setenv("ABF_SITE", str(tmp_path / "site.yaml"))
+    monkeypatch.setenv("PATH", str(tmp_path))  # no scheduler: asking it would be another message
+    assert main(["plan", str(tmp_path / "run.yaml"), "--results", str(results)]) == 0
+    (directory,) = (results / "train").iterdir()
+    (init,) = (results / "convert").iterdir()
+    for command in (["train", str(directory), "--submit"], ["train", str(directory)]):
+        assert main(command) == ArtifactError.exit_code
+        assert f"{os.path.relpath(init)} is unfinished: it has no manifest.json" in (
+            capsys.readouterr().err
+        )
+        submitted, attempts = (directory / "job.json").exists(), read_attempts(directory)
+        assert not submitted
+    # What a rule's own process refuses is on record: nobody tries it again.
+    assert [a["state"] for a in attempts] == ["RUNNING", "FAILED"]

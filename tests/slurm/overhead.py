@@ -35,6 +35,7 @@ SITE = "account: euhpc_test\npoll_seconds: 2\n"
 def run(folder: Path, env: Mapping[str, str], *profile: str) -> float:
     """Seconds of the study from an empty folder."""
     text = (ROOT / "config" / "tiny.yaml").read_text().replace("batch_rows: 2", "batch_rows: 8")
+    text = text.replace("launch: {ranks_per_node: 2}\n", "")
     (folder / "study.yaml").write_text(STUDY.format(tiny=text))
     command = ["snakemake", "-s", str(ROOT / "workflow" / "Snakefile"), "--profile", *profile]
     began = time.monotonic()

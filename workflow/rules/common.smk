@@ -10,7 +10,9 @@ from abf.cluster.config import StorageConfig
 from abf.driver import claim, adapt_executor
 from abf.errors import AbfError, os_fault
 from abf.grid import load_study
+from abf.outside import check_outside
 from abf.plan import Plan
+from abf.retries import retry_only_what_was_ended
 from abf.site import load_site, load_storage
 from abf.stages import STAGES
 
@@ -43,7 +45,10 @@ SUBMIT = bool(os.environ.get("ABF_SUBMIT"))
 try:
     PLAN = Plan(load_study(Path(STUDY)), RESULTS)
     STORAGE = load_storage() if IS_DRIVER else StorageConfig()
-    PURGED = bool(STORAGE.work or STORAGE.scratch)
+    if IS_DRIVER:
+        check_outside(PLAN.study)
+    # What was submitted without an input that is gone would only find that out, on a paid node.
+    PURGED = bool(STORAGE.work or STORAGE.scratch or (SUBMIT and IS_DRIVER))
     if PURGED:
         # Before the plan is written: what comes back has its own config.json, with its time.
         from abf.keep import bring_back
@@ -101,6 +106,7 @@ onerror:
 
 if SUBMIT:
     adapt_executor(RESULTS)
+    retry_only_what_was_ended()
     if IS_DRIVER and not IS_DRY:
         # Heavier than planning, so only where it is needed.
         from abf.resume import take_over
