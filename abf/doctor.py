@@ -28,7 +28,9 @@ from abf.errors import AbfError, ArtifactError, ClusterError, ConfigError, os_fa
 from abf.grid import load_study
 from abf.instance import Instance, origin
 from abf.ledger.storage import judge, measure_storage
+from abf.outside import check_outside
 from abf.plan import Plan
+from abf.profile import require_snakefile
 from abf.site import load_site, site_path
 from abf.stages import MANIFEST
 
@@ -48,23 +50,35 @@ def doctor(results: Path, study: Path | None, profile: str, *, job: bool) -> boo
     """Print every finding as it is made; whether nothing failed."""
     counts = {level: 0 for level in Level}
     for finding in examine(results, study, profile, job=job):
-        print(finding, flush=True)
+        _say(str(finding))
         counts[finding.level] += 1
     counted = ", ".join(f"{number} {level}" for level, number in counts.items())
     end = (
         "mend what FAILed, then run it again" if counts[Level.FAIL] else "nothing stands in the way"
     )
-    print(f"doctor: {counted}; {end}")
+    _say(f"doctor: {counted}; {end}")
     return not counts[Level.FAIL]
+
+
+def _say(line: str) -> None:
+    try:
+        print(line, flush=True)
+    except BrokenPipeError:  # nobody reads on (`| head`), but the exit code has to tell the rest
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def examine(results: Path, study: Path | None, profile: str, *, job: bool) -> Iterator[Finding]:
     """All findings, cheapest first; what a failed check makes meaningless is left out."""
     yield from environment()
+    try:
+        yield ok("snakefile", str(require_snakefile(Path.cwd())))
+    except ConfigError as error:
+        yield fail("snakefile", str(error))
     plan: Plan | None = None
     if study is not None:
         try:
             plan = Plan(load_study(study), results)
+            check_outside(plan.study)
             yield ok("study", f"{study}: {len(plan.cells)} cell(s), valid")
         except AbfError as error:
             yield fail("study", str(error))
@@ -76,8 +90,11 @@ def examine(results: Path, study: Path | None, profile: str, *, job: bool) -> It
         yield fail("site", str(error))
         return
     yield ok("site", f"{site_path()}: account {site.account}, {site.partition}, {site.qos}")
-    yield from disks(results, site.storage)
-    yield from sizes(results, site, plan)
+    try:
+        yield from disks(results, site.storage)
+        yield from sizes(results, site, plan)
+    except ConfigError as error:
+        yield fail("storage", str(error))
     yield funds.allocation(site, date.today())
     yield from cluster(site, results, plan, profile, job=job)
 
@@ -127,9 +144,12 @@ def cluster(
     entry += [checks.partition(lane, site, limits) for lane in lanes]
     yield from entry
     plans = trainings(plan)
-    if all(finding.level != Level.FAIL for finding in entry):
-        entry = [checks.qos(lane, site, limits) for lane in lanes]
-        entry += [checks.node(site, limits), *checks.launches(site, limits, plans)]
+    services = [checks.qos(lane, site, limits) for lane in lanes]
+    if any(finding.level == Level.FAIL for finding in entry):
+        # A QOS that is wrong as well is said; that it is right means nothing yet.
+        yield from (finding for finding in services if finding.level == Level.FAIL)
+    else:
+        entry = [*services, checks.node(site, limits), *checks.launches(site, limits, plans)]
         yield from entry
         if all(finding.level != Level.FAIL for finding in entry):
             yield from accepted(site, list(plans) or [LaunchConfig(minutes=site.max_minutes)])
@@ -220,10 +240,6 @@ def offline(plan: Plan, study: Path | None, profile: str) -> Iterator[Finding]:
     """Whether what comes from a network is here already, or can be fetched."""
     wanting = [i for i in plan.instances.values() if needs_network(i)]
     absent = [i for i in wanting if not (i.directory(plan.results) / MANIFEST).exists()]
-    for i in plan.instances.values():
-        if kind(i) in ("local", "directory") and not i.files:
-            path = origin(i.stage, i.config)["path"]
-            yield fail("data", f"{i.place}: no file matches {path!r}: correct `path`")
     if not absent:
         text = f"{len(wanting)} stage(s) from a network, all fetched"
         yield ok("data", text if wanting else "nothing comes from a network")

@@ -8,7 +8,6 @@ waits for: trainings go on, and the next driver attaches to them. State is in
 
 from __future__ import annotations
 
-import json
 import os
 import shlex
 import signal
@@ -21,8 +20,12 @@ from typing import Any
 
 from abf.cluster import slurm
 from abf.cluster.config import SiteConfig
-from abf.errors import ClusterError, LockError
-from abf.files import write_json
+from abf.documents import parse_document
+from abf.errors import ArtifactError, ClusterError, LockError
+from abf.files import make_folder, write_json
+from abf.grid import load_study
+from abf.outside import check_outside
+from abf.profile import require_snakefile
 from abf.site import load_site
 
 WARNING_SECONDS = 180
@@ -30,6 +33,13 @@ WARNING_SECONDS = 180
 GRACE_SECONDS = 120
 """How long a requeued job waits to be ended by Slurm."""
 TAIL_LINES = 15
+# The reader of the pipe ends with whoever holds its other end: the driver's job, however that ends.
+GUARDED = """\
+exec 3<&0 </dev/null
+{ read -r _; kill -KILL 0; } <&3 &
+exec 3<&- "$@"
+"""
+"""Shell script: a command, and beside it a reader that ends their process group with its parent."""
 ENDS = ("finished", "failed", "stopped")
 """States that a driver writes down when it ends by itself, or is ended by `stop`."""
 
@@ -47,9 +57,19 @@ class Drive:
         return self.folder / "drive.log"
 
     def record(self) -> dict[str, Any]:
-        """Job, study, arguments and state of the newest driver; empty when there was none."""
+        """Job, study, arguments and state of the newest driver; empty when there was none.
+
+        Raises:
+            ArtifactError: the file that says so is damaged.
+        """
         path = self.folder / "drive.json"
-        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        try:
+            return parse_document(path, path.read_bytes()) if path.exists() else {}
+        except ValueError as error:
+            raise ArtifactError(
+                f"{path} is damaged ({error}): look for a job abf-drive with `squeue --me`, cancel "
+                "it, delete the file, and start again"
+            ) from None
 
     def _write(self, **changes: Any) -> None:
         write_json(self.folder / "drive.json", self.record() | changes)
@@ -66,16 +86,19 @@ class Drive:
         """Submit the driver; returns its job id.
 
         Raises:
+            ConfigError: the study cannot be run, or no Snakefile is here.
             LockError: one is at work already; names it.
             ClusterError: the scheduler refuses it.
         """
+        require_snakefile(Path.cwd())
+        check_outside(load_study(study))
         if (job := self.job()) is not None:
             raise LockError(
                 f"{self.results} is driven by job {job.job_id} ({job.state}, study "
                 f"{self.record()['study']}): `abf drive status` shows it, `abf drive stop` ends it"
             )
         site = load_site()
-        self.folder.mkdir(parents=True, exist_ok=True)
+        make_folder(self.folder)
         command = [
             *("snakemake", "--profile", profile),
             *("--config", f"study={study}", f"results={self.results}"),
@@ -147,8 +170,14 @@ class Drive:
     def run(self) -> int:
         """Run Snakemake inside the driver's job; returns its exit code."""
         self._write(state="running", job_id=os.environ["SLURM_JOB_ID"])
-        # A session of its own, so that one signal ends it with all its waiting rules.
-        child = subprocess.Popen(self.record()["command"], start_new_session=True)
+        # A session of its own, so that one signal ends it with all its waiting rules. Killed
+        # ourselves, we send none: where no cgroup ends them either, the reader of the pipe does.
+        reading, _held = os.pipe()
+        child = subprocess.Popen(
+            ["sh", "-c", GUARDED, "sh", *self.record()["command"]],
+            stdin=reading,
+            start_new_session=True,
+        )
         asked: list[int] = []
 
         def note(number: int, _frame: FrameType | None) -> None:

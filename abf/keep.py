@@ -6,7 +6,6 @@ what is finished is copied when a run begins and when it ends, whatever its end.
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -15,6 +14,7 @@ from abf.cluster.config import StorageConfig
 from abf.cluster.disks import spoken
 from abf.driver import claim, settle
 from abf.errors import AbfError, ConfigError, os_fault
+from abf.files import make_folder, real_path
 from abf.grid import load_study
 from abf.keeping.restore import Missing, missing, restore, restore_books, uncover
 from abf.keeping.store import Store
@@ -38,10 +38,10 @@ def keep(results: Path, study: Path | None, *, back: bool) -> None:
     storage = load_storage()
     store = Store.of(results, storage)
     if store is None:
-        raise ConfigError(_no_place(results, storage))
+        raise ConfigError(storage.not_kept(results))
     store.check()
     if back:
-        Path(os.path.realpath(results)).mkdir(parents=True, exist_ok=True)
+        make_folder(real_path(results))
         _tell(f"restored {name} from {store.root}" for name in restore_books(results, store))
     places = sorted(planned_places(results, store)) if study is None else _places(study, results)
     if not places:
@@ -61,12 +61,6 @@ def keep(results: Path, study: Path | None, *, back: bool) -> None:
     print(
         f"{len(done.copied)} directories of {size} copied to {store.root}, {done.there} were there"
     )
-
-
-def _no_place(results: Path, storage: StorageConfig) -> str:
-    if storage.work is None:
-        return "storage.work of the site file is not set: name the folder that is kept for years"
-    return f"{results} lies below storage.work={storage.work} already: nothing is to be copied"
 
 
 # --- what a driver does ------------------------------------------------------------------------
@@ -89,7 +83,7 @@ def bring_back(plan: Plan, storage: StorageConfig, *, dry: bool, submits: bool) 
         store.check()
     if not dry:
         # What a link points to may have been purged with all that was in it.
-        Path(os.path.realpath(plan.results)).mkdir(parents=True, exist_ok=True)
+        make_folder(real_path(plan.results))
         claim(plan.results, str(plan.study.path))
         if store is not None:
             _tell(f"restored {n} from {store.root}" for n in restore_books(plan.results, store))

@@ -1,10 +1,13 @@
-"""Make a bare name (`snakemake --profile leonardo`) find this checkout's profile."""
+"""What `snakemake --profile leonardo` finds by itself: this checkout's profile, its Snakefile."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 from abf.errors import ConfigError
+
+SNAKEFILES = ("Snakefile", "snakefile", "workflow/Snakefile", "workflow/snakefile")
+"""Where Snakemake looks when no file is named."""
 
 
 def link_profile(name: str, profiles: Path, config_home: Path) -> str:
@@ -31,3 +34,20 @@ def link_profile(name: str, profiles: Path, config_home: Path) -> str:
     link.parent.mkdir(parents=True, exist_ok=True)
     link.symlink_to(target)
     return f"{link} now points to {target}"
+
+
+def require_snakefile(folder: Path) -> Path:
+    """The Snakefile that Snakemake would take when it is started in a folder.
+
+    Raises:
+        ConfigError: there is none; says where to go.
+    """
+    for name in SNAKEFILES:
+        if (folder / name).is_file():
+            return folder / name
+    ours = Path(__file__).parents[1]
+    where = f"cd {ours}" if (ours / "workflow" / "Snakefile").is_file() else "cd into the checkout"
+    raise ConfigError(
+        f"{folder.absolute()} has no Snakefile (looked for {', '.join(SNAKEFILES)}): {where}, and "
+        "run the same command there"
+    )

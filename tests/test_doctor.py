@@ -115,6 +115,16 @@ def test_the_shortest_limit_counts_whoever_sets_it() -> None:
     told(checks.qos(lane(short), short, found), "OK", "600 minutes (QOS own), 16 nodes (QOS own)")
 
 
+def test_what_is_wrong_is_said_once() -> None:
+    """A QOS beside a partition or an account that is wrong as well."""
+    settings, limits = site(partition="nosuch", qos="gone"), view()
+    told(checks.partition(lane(settings), settings, limits), "FAIL", "'nosuch' does not exist")
+    told(checks.qos(lane(settings), settings, limits), "FAIL", "qos='gone' does not exist")
+    others = view(rights="theirs")
+    told(checks.qos(lane(site()), site(), others), "OK")
+    told(checks.qos(lane(settings), settings, others), "FAIL", "does not exist; there are normal")
+
+
 def test_trainings_that_no_job_can_hold() -> None:
     def judged(plan: LaunchConfig, **changes: object) -> Finding:
         settings = site(**changes)

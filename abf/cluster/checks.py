@@ -124,13 +124,13 @@ def qos(lane: Lane, site: SiteConfig, limits: Limits) -> Finding:
     mine = sorted({name for a in rights for name in a.qos})
     if lane.qos not in limits.qos:
         why = f"{key}={lane.qos!r} does not exist"
-    elif lane.qos not in mine:
+    elif rights and lane.qos not in mine:  # without rights, the account or partition is wrong
         why = f"{key}={lane.qos!r} is not open to account {site.account}"
     else:
         why = ""
     if why:
-        allowed = ", ".join(mine or sorted(limits.qos))
-        return fail("qos", f"{why}; it may use {allowed}: correct `{key}`")
+        allowed = f"it may use {', '.join(mine)}" if mine else f"there are {', '.join(limits.qos)}"
+        return fail("qos", f"{why}; {allowed}: correct `{key}`")
     place = limits.partitions.get(lane.partition)
     if place is not None and (refused := _refused(place, "qos", lane.qos)):
         return fail("qos", f"{partition_key}={place.name!r} {refused}: correct `{key}`")

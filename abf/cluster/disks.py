@@ -17,6 +17,7 @@ from abf.cluster.checks import Finding, fail, ok, warn
 from abf.cluster.config import StorageConfig
 from abf.cluster.slurm import call
 from abf.errors import ClusterError
+from abf.files import real_path
 
 GIB, GB = 1024**3, 10**9
 LEAST_FREE = GIB
@@ -66,12 +67,12 @@ def survey(
         for entry in entries:
             if entry.name in skip:
                 continue
-            if entry.is_dir(follow_symlinks=False):
-                pending.append(entry.path)
-                continue
             try:
+                if entry.is_dir(follow_symlinks=False):
+                    pending.append(entry.path)
+                    continue
                 found = entry.stat(follow_symlinks=False)
-            except FileNotFoundError:  # work goes on while we look
+            except OSError:  # work goes on while we look
                 continue
             age = (now - max(found.st_atime, found.st_mtime)) / 86400
             files, size, old = files + 1, size + found.st_size, old + (age > older_days)
@@ -84,7 +85,11 @@ def survey(
 
 
 def disks(results: Path, storage: StorageConfig) -> Iterator[Finding]:
-    """Every folder: the results', the project's, the scratch area."""
+    """Every folder: the results', the project's, the scratch area.
+
+    Raises:
+        ConfigError: results and copies lie in one another.
+    """
     yield space("results", results, key="--results")
     for name, path in (("work", storage.work), ("scratch", storage.scratch)):
         if path is None:
@@ -95,11 +100,11 @@ def disks(results: Path, storage: StorageConfig) -> Iterator[Finding]:
         yield from quota(storage.work, storage.work_quota_gb)
     if storage.scratch is not None and storage.scratch.is_dir():
         yield purge(storage.scratch, storage.purge_days)
-        if results.resolve().is_relative_to(storage.scratch.resolve()):
-            place = f"{results.resolve()} lies on scratch, where files vanish unread"
+        if storage.on_scratch(results):
+            place = f"{real_path(results)} lies on scratch, where files vanish unread"
             if (kept := storage.kept(results)) is None:
                 yield warn(
-                    "results", f"{place}: set storage.work, where finished directories are copied"
+                    "results", f"{place}, and nothing is copied: {storage.not_kept(results)}"
                 )
             else:
                 yield ok("results", f"{place}; what is finished is copied to {kept}")
@@ -107,7 +112,7 @@ def disks(results: Path, storage: StorageConfig) -> Iterator[Finding]:
 
 def space(name: str, path: Path, *, key: str, must_exist: bool = False) -> Finding:
     """Whether a file can be written there and what the file system has left."""
-    place = path.resolve()
+    place = real_path(path)
     if must_exist and not place.is_dir():
         return fail(name, f"{path} is no folder: correct {key}")
     while not place.exists():
@@ -141,7 +146,7 @@ def spoken(size: float) -> str:
 
 def free_bytes(path: Path) -> int:
     """What its file system has left for a user; the folder itself need not be there yet."""
-    place = path.resolve()
+    place = real_path(path)
     while not place.exists():
         place = place.parent
     status = os.statvfs(place)

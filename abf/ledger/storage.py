@@ -18,6 +18,7 @@ from typing import Any
 from abf.cluster.checks import Finding, Level, fail, ok, warn
 from abf.cluster.config import StorageConfig
 from abf.cluster.disks import Quota, Tree, free_bytes, read_quota, spoken, survey
+from abf.files import real_path
 from abf.ledger.work import Read, finished, manifest_of, parameters_of, reader, training_of
 from abf.stages import CONFIG, MANIFEST, STAGES
 
@@ -66,7 +67,7 @@ class Storage:
         if self.kept is not None:
             return self.uncopied + sum(c.payload for c in self.coming)
         work = self.config.work
-        inside = work is not None and self.results.resolve().is_relative_to(work.resolve())
+        inside = work is not None and real_path(self.results).is_relative_to(real_path(work))
         return self.to_come if inside else 0.0
 
 
@@ -225,10 +226,8 @@ def _project(found: Storage) -> Iterator[Finding]:
 
 
 def _purge(found: Storage) -> Iterator[Finding]:
-    scratch, days = found.config.scratch, found.config.purge_days
-    if scratch is None or not found.results.resolve().is_relative_to(scratch.resolve()):
-        return
-    if days is None or found.now.oldest is None:
+    days = found.config.purge_days
+    if not found.config.on_scratch(found.results) or days is None or found.now.oldest is None:
         return
     goes = time.time() + (days - found.now.oldest_days) * 86400
     day = time.strftime("%Y-%m-%d", time.localtime(goes))

@@ -13,7 +13,7 @@ from abf.artifacts import damage
 from abf.cli import main
 from abf.cluster import disks
 from abf.cluster.config import StorageConfig
-from abf.errors import ArtifactError, LockError
+from abf.errors import ArtifactError, ConfigError, LockError
 from abf.files import sha256
 from abf.keeping import store as store_module
 from abf.keeping.store import Kept, Store
@@ -156,14 +156,34 @@ def test_where_copies_are_of_no_use_or_cannot_be(
         pass
     site = tmp_path / "site.yaml"
     monkeypatch.setenv("ABF_SITE", str(site))
+    inside, link = results / "inside", tmp_path / "link"
+    link.symlink_to(results)
     for storage, said in (
         ("{}", "storage.work of the site file is not set"),
         (f"{{work: {tmp_path}}}", "lies below storage.work"),
         (f"{{work: {tmp_path}/gone}}", f"storage.work={tmp_path}/gone is no folder"),
+        ("{work: /proc}", "/proc/abf-results/"),
+        (f"{{work: {results}}}", f"storage.work={results} ({results}/abf-results) lie in one"),
+        (f"{{work: {inside}}}", f"storage.work={inside} ({inside}/abf-results) lie in one another"),
+        (f"{{work: {link}/inside}}", f"storage.work={link}/inside ({inside}/abf-results) lie in"),
+        (f"{{work: {link}, scratch: {tmp_path}}}", f"work={link} lies on scratch={tmp_path}"),
     ):
         site.write_text(f"account: mine\nstorage: {storage}\n")
         assert main(["keep", "--results", str(results)]) in (2, 3)
-        assert said in capsys.readouterr().err
+        kept = capsys.readouterr().err
+        assert said in kept
+        assert kept.count("\n") == 1
+        if "scratch" in said or "one another" in said:  # the doctor says the same, word for word
+            main(["doctor", "--results", str(results)])
+            failed = [x for x in capsys.readouterr().out.splitlines() if x.startswith("FAIL")]
+            assert any(kept.partition(": ")[2].strip() in line for line in failed), failed
+    among = results.parents[1] / "work" / "abf-results" / "results"
+    with pytest.raises(ConfigError, match="lie in one another"):
+        elsewhere.kept(among)
+    # What lies in the project area is kept as it is, unless that part of it is scratch.
+    nested = StorageConfig(work=tmp_path, scratch=results.parent)
+    assert nested.kept(tmp_path / "results") is None
+    assert nested.kept(results) is not None
     site.write_text(f"account: mine\nstorage: {{work: {tmp_path}/work}}\n")
     assert main(["keep", "--results", str(results)]) == 0
     assert "3 directories of 0.0 MB copied to" in capsys.readouterr().out

@@ -14,6 +14,7 @@ from tests.slurm.box import Box
 from tests.slurm.daemons import wait_for
 from tests.slurm.jobs import attempts, submit, wait_attempts
 from tests.slurm.micro import RUN, SITE
+from tests.workflow.conftest import ROOT
 
 ALLOCATION = "allocation: {node_hours: 90000, start: 2000-01-01, end: 2100-12-31}\n"
 QOS = "boost_qos_bprod, boost_qos_dbg, boost_qos_lprod, normal, preemptible"
@@ -40,6 +41,7 @@ class Desk:
         storage = "storage: {work: work, work_quota_gb: 100, scratch: scratch, purge_days: 40}\n"
         self.site = SITE + ALLOCATION + storage
         (folder / "run.yaml").write_text(RUN)
+        os.symlink(ROOT / "workflow", folder / "workflow")
         self.env = box.env | {"ABF_SITE": str(folder / "site.yaml"), "OMP_NUM_THREADS": "1"}
         self.env.pop("HF_HUB_OFFLINE", None)
 
@@ -117,8 +119,18 @@ def test_what_would_be_refused_is_named_with_what_is_allowed(
     assert message in failure
 
 
+def test_a_partition_and_a_qos_that_are_both_wrong(desk: Desk) -> None:
+    done = desk.doctor(site="partition: nosuch\nqos: gone\n")
+    assert done.returncode == 1
+    partition, qos = of(done.stdout, "FAIL")
+    assert "partition='nosuch' does not exist" in partition
+    assert "qos='gone' does not exist" in qos
+
+
 def test_a_training_that_no_job_can_hold(desk: Desk) -> None:
-    (desk.folder / "run.yaml").write_text(RUN.replace("nodes: 2", "nodes: 3"))
+    (desk.folder / "run.yaml").write_text(
+        RUN.replace("nodes: 2, ranks_per_node: 4", "nodes: 3, ranks_per_node: 2")
+    )
     site = "qos: boost_qos_dbg\nmax_minutes: 30\n"
     done = desk.doctor("run.yaml", site=site)
     assert done.returncode == 1
