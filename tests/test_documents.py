@@ -14,7 +14,9 @@ import pytest
 import yaml
 
 from abf.cli import main
+from abf.cluster.jobs import job_record
 from abf.documents import parse_document
+from abf.errors import ArtifactError
 from abf.files import read_if_json, write_json
 from tests.keeping.made import TRAIN, make
 
@@ -121,10 +123,19 @@ def test_no_site_file_is_a_traceback(
                 changed = settings | {key: str(loop) if value == "LOOP" else value}
                 whole = SITE | {"storage": storage} | ({section: changed} if section else changed)
                 site.write_text(yaml.safe_dump(whole))
-                for command in ("doctor", "keep", "gc"):
+                for command in ("doctor", "keep", "gc") if section == "storage" else ("doctor",):
                     main([command, "--results", str(results)])  # raises nothing
     assert not (tmp_path / "abf-results").exists()
     capsys.readouterr()
+
+
+@pytest.mark.parametrize("raw", [b"", b"{", b"[]", b"3", b"\xff"])
+def test_a_damaged_record_of_a_job_is_no_missing_one(tmp_path: Path, raw: bytes) -> None:
+    """Else the job that it tells of would be submitted once more."""
+    assert job_record(tmp_path) == {}
+    (tmp_path / "job.json").write_bytes(raw)
+    with pytest.raises(ArtifactError, match="see with `squeue --me`"):
+        job_record(tmp_path)
 
 
 @pytest.mark.parametrize("closed", ["| :", "| head -1 >/dev/null", ">&-"])

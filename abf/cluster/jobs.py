@@ -14,6 +14,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
+from abf.errors import ArtifactError
 from abf.files import write_json
 
 RECORD = "job.json"
@@ -42,9 +43,24 @@ def by_comment(places: Iterable[str]) -> dict[str, str]:
 
 
 def job_record(directory: Path) -> dict[str, Any]:
-    """Record of a directory's last submitted job; empty where none was submitted."""
+    """Record of a directory's last submitted job; empty where none was submitted.
+
+    Raises:
+        ArtifactError: it is damaged; to go on as if there were none could run the job twice.
+    """
     path = directory / RECORD
-    return json.loads(path.read_bytes()) if path.exists() else {}
+    try:
+        record = json.loads(path.read_bytes())
+        if isinstance(record, dict):
+            return record
+    except FileNotFoundError:
+        return {}
+    except ValueError:
+        pass
+    raise ArtifactError(
+        f"{path} is damaged: see with `squeue --me` whether the job of this directory lives, wait "
+        "for it or cancel it, then delete the file"
+    )
 
 
 def by_id(results: Path, places: Iterable[str]) -> dict[str, str]:

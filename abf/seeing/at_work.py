@@ -12,7 +12,7 @@ from typing import Any
 from abf.cluster import slurm
 from abf.cluster.jobs import RECORD, by_comment, by_id, tag
 from abf.errors import ClusterError
-from abf.files import lock_holder
+from abf.files import lock_holder, read_if_json
 from abf.seeing.planned import Planned
 
 FRESH_SECONDS = 600
@@ -68,7 +68,7 @@ def jobs_by_place(planned: Planned, queue: Sequence[slurm.QueuedJob]) -> dict[st
 def driver_line(results: Path, queue: Sequence[slurm.QueuedJob]) -> str:
     """Who drives these results."""
     path = results / ".driver" / "drive.json"
-    record = json.loads(path.read_bytes()) if path.exists() else {}
+    record = read_if_json(path) or {}
     job = next((job for job in queue if job.job_id == record.get("job_id")), None)
     holder = lock_holder(results / ".driver" / ".lock")
     if job is not None:
