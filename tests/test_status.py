@@ -208,7 +208,7 @@ def test_the_driver(plan: Plan) -> None:
         holder.kill()
         holder.wait()
     assert "driver   none at work; the last was snakemake on grid.yaml, process" in screen()
-    record = {"job_id": "7", "study": "grid.yaml", "state": "finished"}
+    record = {"job_id": "7", "study": "grid.yaml", "state": "finished", "command": ["true"]}
     (RESULTS / ".driver" / "drive.json").write_text(json.dumps(record))
     assert "driver   none at work; job 7 on grid.yaml: finished" in screen()
 
