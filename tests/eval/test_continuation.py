@@ -51,7 +51,10 @@ def decode_stage(corpus: Corpus, directory: Path, **counts: Any) -> Path:
         tokenizer=corpus.tokenizer / "tokenizer",
         out=directory,
     )
-    manifest = {"stage": "decode", "files": {}, "counts": found | counts}
+    manifest = {
+        "stage": "decode", "stage_version": 1, "config": None, "inputs": {}, "files": {},
+        "counts": found | counts,
+    }  # fmt: skip
     (directory / "manifest.json").write_text(json.dumps(manifest))
     return directory
 
