@@ -162,7 +162,8 @@ class Engine:
             return
         probs: Sequence[NDArray[np.float64] | None] = [None] * len(opening)
         if self.extent.needs_lengths:
-            logits = self.model.length_logits(batch.last_state[opening]).double()
+            # Whoever cannot insert needs a slot to begin with.
+            logits = self.model.length_logits(batch.last_state[opening])[:, 1:].double()
             probs = list(torch.softmax(logits, dim=-1).cpu().numpy())
         for row, length_probs in zip(opening, probs, strict=True):
             state = batch.requests[row]

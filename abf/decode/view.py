@@ -133,7 +133,8 @@ class ExtentView:
     tokens_left: int
     """New tokens that may still be delivered; the engine cuts a longer extent to this."""
     length_probs: FloatArray | None
-    """[S] probability of lengths 1..S given the committed text, if the policy asked for it."""
+    """[S] probability of 1..S slots given the committed text and that there is one, if the policy
+    asked for it."""
     uniform: float
     """A random number in [0, 1) that belongs to this request and block."""
 

@@ -1,8 +1,9 @@
 """Rows as the model reads them: positions, blocks, the two streams, and where a token is read from.
 
-Letters: B batch rows, L row length, R predicted slots. A batch is a `PackedBatch`: token_ids,
-block_id and document_id, int64 [B, L]; the first token of a piece is its document token (context
-only), padding has document_id -1. In the two-stream layout rows 0..L-1 are noisy, L..2L-1 clean.
+Letters: B batch rows, L row length, M noisy slots of a row, R predicted slots. A batch is a
+`PackedBatch`: token_ids, block_id and document_id, int64 [B, L]; the first token of a piece is its
+document token (context only), padding has document_id -1. In the two-stream layout rows 0..M-1 are
+noisy, M..M+L-1 clean; a noisy block may be longer or shorter than the clean one.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from abf.data.loader import PackedBatch
-from abf.diffusion.corrupt.base import Noised
+from abf.diffusion.corrupt.base import Noised, NoisyStream
 
 
 def run_starts(ids: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -56,33 +57,50 @@ class Reads:
     """Which state predicts what."""
 
     readout: Tensor
-    """[R] int64, flat row of the state: in B*2L, or in B*L of a clean stream alone."""
+    """[R] int64, flat row of the state: in B*(M+L), or in B*L of a clean stream alone."""
     target: Tensor
-    """[R] int64: token id, or block length - 1."""
+    """[R] int64: token id, or block length."""
     slot: Tensor
     """[R] int64, flat index in B*L of the slot predicted (a block's first slot for lengths)."""
 
 
 @dataclass
 class TwoStream:
-    """Noisy and clean stream side by side, and where each masked slot is read."""
+    """Noisy and clean stream side by side."""
 
     ids: Tensor
-    """[B, 2L] int64; MASK is V."""
+    """[B, M+L] int64; MASK is V, the end of a block V+1."""
     positions: Tensor
-    """[B, 2L] int64; the two copies of a token share theirs."""
+    """[B, M+L] int64; slot j of a noisy block has the position of its block's clean token j, and
+    goes on counting behind the last one: how long a noisy block is tells nothing of the clean."""
     ranges: Tensor
-    """[B, 2L, 4] key ranges of each row."""
-    reads: Reads
-    """The masked slots."""
-    weight: Tensor
-    """[R] float64, weight of each in the bound."""
+    """[B, M+L, 4] key ranges of each row."""
+    noisy: int
+    """M."""
 
 
-def two_stream(
-    batch: PackedBatch, noised: Noised, *, shift: bool, clean_stream: CleanStream
-) -> TwoStream:
-    """Lay out noisy and clean tokens, with the read-out of every masked slot.
+def two_stream(batch: PackedBatch, noised: NoisyStream, *, clean_stream: CleanStream) -> TwoStream:
+    """Lay out noisy and clean tokens."""
+    place, start = positions(batch.document_id), noised.block_start
+    M = start.shape[1]
+    begins = np.take_along_axis(place, np.maximum(start, 0), axis=1)
+    inside = np.arange(M) - run_starts(start)
+    noisy_place = np.where(start >= 0, begins + inside, 0)
+    return TwoStream(
+        ids=torch.from_numpy(np.concatenate([noised.noisy_ids, batch.token_ids], axis=1)),
+        positions=torch.from_numpy(np.concatenate([noisy_place, place], axis=1)),
+        ranges=two_stream_ranges(
+            torch.from_numpy(batch.document_id),
+            torch.from_numpy(batch.block_id),
+            clean_stream=clean_stream,
+            block_start=torch.from_numpy(start),
+        ),
+        noisy=M,
+    )
+
+
+def mask_reads(batch: PackedBatch, noised: Noised, *, shift: bool) -> Reads:
+    """Where every masked slot is read.
 
     With `shift`, a token is read from the state before it: the first slot of a block from the
     *clean* row before it (the noisy one belongs to another, corrupted block), later slots from the
@@ -91,23 +109,10 @@ def two_stream(
     """
     L = batch.token_ids.shape[1]
     row, slot = np.nonzero(noised.masked)
+    readout = row * 2 * L + slot
     if shift:
-        first = block_starts(batch)[row, slot]
-        readout = row * 2 * L + slot - 1 + np.where(first, L, 0)
-    else:
-        readout = row * 2 * L + slot
-    place = positions(batch.document_id)
-    return TwoStream(
-        ids=torch.from_numpy(np.concatenate([noised.noisy_ids, batch.token_ids], axis=1)),
-        positions=torch.from_numpy(np.concatenate([place, place], axis=1)),
-        ranges=two_stream_ranges(
-            torch.from_numpy(batch.document_id),
-            torch.from_numpy(batch.block_id),
-            clean_stream=clean_stream,
-        ),
-        reads=_reads(readout, batch.token_ids, row, slot),
-        weight=torch.from_numpy(noised.weight[row, slot]),
-    )
+        readout += np.where(block_starts(batch)[row, slot], L, 0) - 1
+    return _reads(readout, batch.token_ids, row, slot)
 
 
 def clean_ranges(batch: PackedBatch) -> Tensor:
@@ -115,22 +120,20 @@ def clean_ranges(batch: PackedBatch) -> Tensor:
     return causal_ranges(torch.from_numpy(batch.document_id))
 
 
-def next_token_reads(batch: PackedBatch, *, streams: int) -> Reads:
-    """Every charged slot, read from the clean row before it: the AR model's view."""
-    return _clean_reads(predicted(batch), batch.token_ids, streams)
+def next_token_reads(batch: PackedBatch, *, noisy: int) -> Reads:
+    """Every charged slot, read from the clean row before it, behind `noisy` noisy ones: the AR
+    model's view."""
+    return _clean_reads(predicted(batch), batch.token_ids, noisy)
 
 
-def length_reads(batch: PackedBatch) -> Reads:
-    """Length of every charged block, read from the clean row before it (two streams)."""
-    return _clean_reads(block_starts(batch), block_lengths(batch) - 1, 2)
+def length_reads(batch: PackedBatch, *, noisy: int) -> Reads:
+    """Length of every charged block, read from the clean row before it."""
+    return _clean_reads(block_starts(batch), block_lengths(batch), noisy)
 
 
-def _clean_reads(where: NDArray[np.bool_], target: NDArray[np.int64], streams: int) -> Reads:
-    assert streams in (1, 2)
-    L = where.shape[1]
+def _clean_reads(where: NDArray[np.bool_], target: NDArray[np.int64], noisy: int) -> Reads:
     row, slot = np.nonzero(where)
-    clean = L if streams == 2 else 0
-    return _reads(row * streams * L + clean + slot - 1, target, row, slot)
+    return _reads(row * (noisy + where.shape[1]) + noisy + slot - 1, target, row, slot)
 
 
 def _reads(

@@ -30,6 +30,7 @@ from abf.diffusion.layout import (
     block_starts,
     clean_ranges,
     length_reads,
+    mask_reads,
     next_token_reads,
     positions,
     predicted,
@@ -129,7 +130,7 @@ def combine(
 
 def ar_charges(model: Backbone, batch: PackedBatch, *, backend: Backend) -> Charges:
     """Next-token NLL of every charged token, from the clean stream alone."""
-    reads = next_token_reads(batch, streams=1)
+    reads = next_token_reads(batch, noisy=0)
     states = model.hidden(
         torch.from_numpy(batch.token_ids),
         torch.from_numpy(positions(batch.document_id)),
@@ -156,11 +157,11 @@ def block_charges(
     assert "ar" not in terms or loss.clean_stream == "context_causal", (
         "a block-causal clean stream sees its own targets"
     )
-    streams = two_stream(batch, noised, shift=loss.shift, clean_stream=loss.clean_stream)
+    streams = two_stream(batch, noised, clean_stream=loss.clean_stream)
     reads = {
-        "nelbo": streams.reads,
-        "ar": next_token_reads(batch, streams=2),
-        "length": length_reads(batch),
+        "nelbo": mask_reads(batch, noised, shift=loss.shift),
+        "ar": next_token_reads(batch, noisy=streams.noisy),
+        "length": length_reads(batch, noisy=streams.noisy),
     }
     # A clean row may serve several terms; its state is computed once.
     rows, where = torch.unique(
@@ -177,7 +178,7 @@ def block_charges(
             nll = F.cross_entropy(wide, target, reduction="none")
             charges[name] = Charges(nll.sum(), nll.detach(), slot)
         else:
-            weight = streams.weight if name == "nelbo" else None
+            weight = torch.from_numpy(noised.weight[noised.masked]) if name == "nelbo" else None
             total, nll = head_nll(states[at], model.head_weight, target, weight)
             charges[name] = Charges(total, nll, slot)
     return charges

@@ -169,8 +169,8 @@ def load_hf(directory: Path, *, max_block: int = 64, document_id: int | None = N
             )
     weights = {ours[theirs]: tensor for theirs, tensor in found.items()}
     weights["mask_embedding"] = torch.zeros(config.d_model)
-    weights["length_head.weight"] = torch.zeros(config.max_block, config.d_model)
-    weights["length_head.bias"] = torch.zeros(config.max_block)
+    weights["length_head.weight"] = torch.zeros(1 + config.max_block, config.d_model)
+    weights["length_head.bias"] = torch.zeros(1 + config.max_block)
     model = assemble(config, weights, directory)
     model.reset_mask_embedding()
     return model

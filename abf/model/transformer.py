@@ -137,7 +137,7 @@ class Transformer(nn.Module):
             if config.tie_embeddings
             else nn.Linear(config.d_model, config.vocab_size, bias=False)
         )
-        self.length_head = nn.Linear(config.d_model, config.max_block)
+        self.length_head = nn.Linear(config.d_model, 1 + config.max_block)
         nn.init.zeros_(self.length_head.weight)
         nn.init.zeros_(self.length_head.bias)
         self.rope: Tensor
@@ -212,7 +212,7 @@ class Transformer(nn.Module):
         return F.linear(hidden, self.head_weight)
 
     def length_logits(self, hidden: Tensor) -> Tensor:
-        """[..., d] -> [..., S]; entry j is a next block of j+1 tokens."""
+        """[..., d] -> [..., S+1]; entry j is a next block that is opened with j slots."""
         return self.length_head(hidden)
 
     def attend(self, ranges: Tensor, *, backend: AttentionBackend) -> Attend:

@@ -227,7 +227,7 @@ def test_length_head_decides_the_extent(model: Transformer, tmp_path: Path) -> N
         text = [0, *prompt.token_ids.tolist(), *sample.token_ids.tolist()]
         with torch.inference_mode():
             states = _states(model, text, [], causal=True)
-            wanted = model.length_logits(states).argmax(-1) + 1
+            wanted = model.length_logits(states)[:, 1:].argmax(-1) + 1
         place, left = len(prompt.token_ids), 30
         for length in sample.block_length[: -1 if sample.finished else None]:
             assert length == min(int(wanted[place]), left)

@@ -5,7 +5,7 @@ import torch
 from torch.nn import functional as F
 
 from abf.diffusion import head
-from abf.diffusion.head import head_nll
+from abf.diffusion.head import head_nll, head_reads
 
 R, d, V = 37, 11, 53
 
@@ -74,3 +74,26 @@ def test_autocast_multiplies_in_bfloat16_and_sums_in_float32():
         assert found is not None
         assert wanted is not None
         assert (found - wanted).norm() < 2e-2 * wanted.norm()
+
+
+@pytest.mark.parametrize("mix", [0.0, 0.1])
+@pytest.mark.parametrize("chunk", [7, 1 << 25])
+def test_reads_are_those_of_all_logits(mix, chunk, monkeypatch):
+    monkeypatch.setattr(head, "CHUNK", chunk)
+    generator = torch.Generator().manual_seed(0)
+    states = torch.randn(9, 5, generator=generator, dtype=torch.float64, requires_grad=True)
+    matrix = torch.randn(6, 5, generator=generator, dtype=torch.float64, requires_grad=True)
+    tokens = torch.tensor([[0, 5, 5]] * 8 + [[2, 2, 1]])
+    pull = torch.randn(9, 3, generator=generator, dtype=torch.float64)
+    lift = torch.randn(9, generator=generator, dtype=torch.float64)
+
+    log_probs = (states @ matrix.T).log_softmax(1)
+    floor = torch.log((1 - mix) * log_probs.exp() + mix / 6).mean(1) if mix else torch.zeros(9)
+    wanted = (log_probs.gather(1, tokens) * pull).sum() + (floor * lift).sum()
+    expected = torch.autograd.grad(wanted, (states, matrix))
+    found, low = head_reads(states, matrix, tokens, mix=mix)
+    torch.testing.assert_close(found, log_probs.gather(1, tokens))
+    torch.testing.assert_close(low, floor.double())
+    total = (found * pull).sum() + (low * lift).sum()
+    for one, other in zip(torch.autograd.grad(total, (states, matrix)), expected, strict=True):
+        torch.testing.assert_close(one, other)

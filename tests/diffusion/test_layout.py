@@ -10,6 +10,7 @@ from abf.diffusion.layout import (
     block_lengths,
     block_starts,
     length_reads,
+    mask_reads,
     next_token_reads,
     positions,
     predicted,
@@ -56,8 +57,8 @@ def test_positions_and_blocks_equal_a_walk_along_the_row(drawn):
 def test_every_masked_slot_is_read_once_from_the_right_row(shift, drawn):
     batch = fit(drawn)
     noised = noise(batch)
-    streams = two_stream(batch, noised, shift=shift, clean_stream="context_causal")
-    reads = streams.reads
+    streams = two_stream(batch, noised, clean_stream="context_causal")
+    reads = mask_reads(batch, noised, shift=shift)
     expected = []
     for b, j in zip(*np.nonzero(noised.masked), strict=True):
         first = batch.block_id[b, j - 1] != batch.block_id[b, j]
@@ -65,7 +66,6 @@ def test_every_masked_slot_is_read_once_from_the_right_row(shift, drawn):
         expected.append((b * 2 * L + row, batch.token_ids[b, j], b * L + j))
     found = zip(reads.readout.tolist(), reads.target.tolist(), reads.slot.tolist(), strict=True)
     assert list(found) == expected
-    assert streams.weight.tolist() == noised.weight[noised.masked].tolist()
     assert (streams.ids[:, L:].numpy() == batch.token_ids).all()
     assert ((streams.ids[:, :L].numpy() == V) == noised.masked).all()
     # A document token in front of a piece is context: never masked, never predicted.
@@ -76,7 +76,7 @@ def test_every_masked_slot_is_read_once_from_the_right_row(shift, drawn):
 @settings(max_examples=60, deadline=None)
 def test_clean_rows_predict_the_next_token_and_the_next_block(drawn):
     batch = fit(drawn)
-    one, two = next_token_reads(batch, streams=1), next_token_reads(batch, streams=2)
+    one, two = next_token_reads(batch, noisy=0), next_token_reads(batch, noisy=L)
     flat_row, flat_slot = one.readout.numpy(), one.slot.numpy()
     assert (flat_row == flat_slot - 1).all()
     assert (batch.document_id.ravel()[flat_row] == batch.document_id.ravel()[flat_slot]).all()
@@ -85,9 +85,9 @@ def test_clean_rows_predict_the_next_token_and_the_next_block(drawn):
     assert (two.readout.numpy() == row * 2 * L + L + column).all()
     assert len(flat_slot) == predicted(batch).sum()
 
-    lengths = length_reads(batch)
+    lengths = length_reads(batch, noisy=L)
     for row, target, slot in zip(lengths.readout, lengths.target, lengths.slot, strict=True):
         b, j = divmod(int(slot), L)
         assert int(row) == b * 2 * L + L + j - 1
-        assert int(target) + 1 == (batch.block_id[b] == batch.block_id[b, j]).sum()
+        assert int(target) == (batch.block_id[b] == batch.block_id[b, j]).sum()
     assert len(lengths.slot) == block_starts(batch).sum()

@@ -16,7 +16,7 @@ from torch import Tensor
 from abf.data.loader import PackedBatch
 from abf.diffusion.config import LossConfig
 from abf.diffusion.corrupt.base import Noised
-from abf.diffusion.layout import predicted, two_stream
+from abf.diffusion.layout import mask_reads, predicted, two_stream
 from abf.diffusion.loss import ar_charges, block_charges, loss_terms, scatter
 from abf.model.attention import Attend, CacheAttend
 from abf.model.cache import KVCache
@@ -33,7 +33,7 @@ TERMS = ("nelbo", "ar", "length")
 
 def states(model: Transformer, batch: PackedBatch, noised: Noised, clean_stream: CleanStream):
     """States of all rows of both streams, [B, 2L, d]."""
-    streams = two_stream(batch, noised, shift=True, clean_stream=clean_stream)
+    streams = two_stream(batch, noised, clean_stream=clean_stream)
     attend = model.attend(streams.ranges, backend="reference")
     return model.hidden(streams.ids, streams.positions, attend)
 
@@ -76,7 +76,7 @@ def dense_attend(seen: Tensor) -> Attend:
 @pytest.mark.parametrize("backend", ["reference", "tiles"])
 def test_range_attention_equals_the_id_predicate_through_the_model(clean_stream, backend):
     model, noised = tiny_model(), noise(BATCH)
-    streams = two_stream(BATCH, noised, shift=True, clean_stream=clean_stream)
+    streams = two_stream(BATCH, noised, clean_stream=clean_stream)
     wanted = model.hidden(
         streams.ids, streams.positions, dense_attend(id_predicate(BATCH, clean_stream))
     )
@@ -217,16 +217,17 @@ def test_a_block_learns_nothing_from_its_own_clean_tokens_or_from_elsewhere(clea
     noisy blocks, and to other documents; and a gradient where there should be one."""
     model = tiny_model()
     noised = noise(BATCH)
-    streams = two_stream(BATCH, noised, shift=shift, clean_stream=clean_stream)
+    streams = two_stream(BATCH, noised, clean_stream=clean_stream)
+    reads = mask_reads(BATCH, noised, shift=shift)
     embedded = model.embed(streams.ids).detach().requires_grad_()
     model.embed = lambda ids: embedded
     hidden = model.hidden(
         streams.ids,
         streams.positions,
         model.attend(streams.ranges, backend="reference"),
-        rows=streams.reads.readout,
+        rows=reads.readout,
     )
-    row, slot = np.divmod(streams.reads.slot.numpy(), L)
+    row, slot = np.divmod(reads.slot.numpy(), L)
     for b in range(len(BATCH.token_ids)):
         document, block = BATCH.document_id[b], BATCH.block_id[b]
         for number in np.unique(block[block >= 0]):
@@ -245,7 +246,7 @@ def test_a_block_learns_nothing_from_its_own_clean_tokens_or_from_elsewhere(clea
 
 def test_the_ar_term_sees_no_token_it_predicts():
     model = tiny_model()
-    streams = two_stream(BATCH, noise(BATCH), shift=True, clean_stream="context_causal")
+    streams = two_stream(BATCH, noise(BATCH), clean_stream="context_causal")
     embedded = model.embed(streams.ids).detach().requires_grad_()
     model.embed = lambda ids: embedded
     attend = model.attend(streams.ranges, backend="reference")

@@ -146,7 +146,7 @@ def enumerated(model: Transformer, ids: np.ndarray, start: int, size: int) -> tu
             total += sum(losses) / len(losses) / k
         clean = torch.from_numpy(ids[: start + size].copy())[None]
         state = model.hidden(clean, row[None], attend)[0, start - 1]
-        length = -float(model.length_logits(state).log_softmax(-1)[size - 1])
+        length = -float(model.length_logits(state).log_softmax(-1)[size])
     return total, length
 
 

@@ -1,6 +1,7 @@
 """What a corruption takes and gives.
 
-Letters: B batch rows, L row length. MASK is the id V, one past the vocabulary.
+Letters: B batch rows, L row length, M noisy slots of a row. MASK is the id V, one past the
+vocabulary; V+1 is the end of a block, which only corruptions that change its length set.
 """
 
 from __future__ import annotations
@@ -16,12 +17,23 @@ from abf.data.loader import PackedBatch
 from abf.diffusion.config import Corruption
 
 
+class NoisyStream(Protocol):
+    """What the model reads beside the clean tokens."""
+
+    noisy_ids: NDArray[np.int64]
+    """[B, M], in 0..V+1."""
+    block_start: NDArray[np.int64]
+    """[B, M], clean slot at which the block of a noisy slot begins; -1 pads."""
+
+
 @dataclass
 class Noised:
-    """The noisy stream of a batch."""
+    """Blocks of which tokens are masked, each slot in its place (M = L)."""
 
     noisy_ids: NDArray[np.int64]
     """[B, L], in 0..V."""
+    block_start: NDArray[np.int64]
+    """[B, L], see `NoisyStream`."""
     masked: NDArray[np.bool_]
     """[B, L], slots to predict."""
     weight: NDArray[np.float64]

@@ -52,6 +52,7 @@ class Masked:
         masked = charged & (rank.reshape(B, L) < masks)
         return Noised(
             noisy_ids=np.where(masked, self.mask_id, batch.token_ids),
+            block_start=np.where(batch.document_id >= 0, start, -1),
             masked=masked,
             weight=np.where(masked, length / masks, 0.0),
         )

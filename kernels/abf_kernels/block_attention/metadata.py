@@ -1,7 +1,7 @@
 """Mask metadata: the ranges of `block_attention`, from per-token ids, by a few linear scans.
 
-Letters: B batch, L tokens of a row. The two-stream layout has rows [noisy ; clean], 2L in all,
-and the clean copy of token i is row L + i.
+Letters: B batch, L tokens of a row, M slots of a noisy row. The two-stream layout has rows
+[noisy ; clean], M + L in all, and token i is clean row M + i.
 """
 
 from __future__ import annotations
@@ -15,9 +15,13 @@ CleanStream = Literal["context_causal", "block_causal"]
 
 
 def two_stream_ranges(
-    document_id: Tensor, block_id: Tensor, *, clean_stream: CleanStream
+    document_id: Tensor,
+    block_id: Tensor,
+    *,
+    clean_stream: CleanStream,
+    block_start: Tensor | None = None,
 ) -> Tensor:
-    """Ranges of the two-stream training mask over rows [noisy ; clean] of equal length.
+    """Ranges of the two-stream training mask over rows [noisy ; clean].
 
     A noisy query sees the clean tokens of its document before its block, and its own noisy block.
     A clean query sees its document's clean tokens up to itself ("context_causal"), or up to the
@@ -27,13 +31,16 @@ def two_stream_ranges(
         document_id: [B,L] integers, non-decreasing, -1 = padding (sees nothing, is never seen).
         block_id: [B,L] integers, non-decreasing, unique in the row: no block spans two documents.
         clean_stream: what the clean stream sees of its own block.
+        block_start: [B,M] integers, the clean token with which the block of a noisy slot begins,
+            -1 = padding; equal neighbours are one noisy block, of whatever length. By default every
+            token has its noisy copy (M = L).
 
     Returns:
-        int32 [B,2L,4], as `block_attention` takes them.
+        int32 [B,M+L,4], as `block_attention` takes them.
 
     Raises:
-        ValueError: on a wrong shape or dtype, ids that decrease, a block in two documents, or
-            padding inside a document.
+        ValueError: on a wrong shape or dtype, ids that decrease, a block in two documents, padding
+            inside a document, or a noisy block that begins where no clean block does.
     """
     if clean_stream not in get_args(CleanStream):
         allowed = ", ".join(get_args(CleanStream))
@@ -59,20 +66,27 @@ def two_stream_ranges(
     new_block[:, 1:] |= block_id[:, 1:] != block_id[:, :-1]
     index = torch.arange(length, dtype=torch.int32, device=document_id.device)
     document_start = _last_start(new_document, index)
-    block_start = _last_start(new_block, index)
     block_end = _next_start(new_block, index)
+    if block_start is None:
+        block_start = _last_start(new_block, index).masked_fill(~valid, -1)
+    else:
+        _check_starts(block_start, valid & new_block)
+    noisy_valid, slots = block_start >= 0, block_start.shape[1]
+    new_noisy = torch.ones_like(noisy_valid)
+    new_noisy[:, 1:] = block_start[:, 1:] != block_start[:, :-1]
+    column = torch.arange(slots, dtype=torch.int32, device=document_id.device)
 
     ranges = torch.zeros(
-        *document_id.shape[:1], 2 * length, 4, dtype=torch.int32, device=document_id.device
+        len(document_id), slots + length, 4, dtype=torch.int32, device=document_id.device
     )
-    noisy, clean = ranges[:, :length], ranges[:, length:]
-    noisy[..., 0] = document_start + length
-    noisy[..., 1] = block_start + length
-    noisy[..., 2] = block_start
-    noisy[..., 3] = block_end
-    clean[..., 0] = document_start + length
-    clean[..., 1] = (index + 1 if clean_stream == "context_causal" else block_end) + length
-    return ranges.mul_(torch.cat((valid, valid), 1).unsqueeze(-1))
+    noisy, clean = ranges[:, :slots], ranges[:, slots:]
+    noisy[..., 0] = document_start.gather(1, block_start.clamp(min=0).long()) + slots
+    noisy[..., 1] = block_start + slots
+    noisy[..., 2] = _last_start(new_noisy, column)
+    noisy[..., 3] = _next_start(new_noisy, column)
+    clean[..., 0] = document_start + slots
+    clean[..., 1] = (index + 1 if clean_stream == "context_causal" else block_end) + slots
+    return ranges.mul_(torch.cat((noisy_valid, valid), 1).unsqueeze(-1))
 
 
 def causal_ranges(document_id: Tensor) -> Tensor:
@@ -100,6 +114,24 @@ def _check_ids(name: str, ids: Tensor) -> None:
         raise ValueError(f"{name} must have shape [batch, tokens >= 1]; got {tuple(ids.shape)}")
     if ids.dtype not in (torch.int32, torch.int64):
         raise ValueError(f"{name} must be int32 or int64; got {ids.dtype}")
+
+
+def _check_starts(block_start: Tensor, begins: Tensor) -> None:
+    """Noisy blocks begin where clean ones do, in their order, and padding comes last."""
+    _check_ids("block_start", block_start)
+    if len(block_start) != len(begins):
+        raise ValueError(
+            f"block_start must have {len(begins)} rows; got {tuple(block_start.shape)}"
+        )
+    real = block_start >= 0
+    if bool((real[:, 1:] & (block_start[:, 1:] < block_start[:, :-1])).any()) or bool(
+        (real[:, 1:] & ~real[:, :-1]).any()
+    ):
+        raise ValueError("block_start must not decrease along a row; -1 only pads its end")
+    inside = block_start < begins.shape[1]
+    at = block_start.clamp(0, begins.shape[1] - 1).long()
+    if bool((real & ~(inside & begins.gather(1, at))).any()):
+        raise ValueError("block_start must name the first token of a clean block")
 
 
 def _document_starts(document_id: Tensor) -> Tensor:
