@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -17,8 +17,20 @@ class MaskedCorruption(ConfigModel):
     """Spread K over the blocks of a batch (lower variance, same expectation)."""
 
 
-Corruption = MaskedCorruption
-"""Corruptions by `kind` (a discriminated union once there are more)."""
+class PathCorruption(ConfigModel):
+    """A block on its way from masks to text: tokens come late, some come wrong and are mended."""
+
+    kind: Literal["path"] = "path"
+    late: float = Field(default=0.15, ge=0, lt=1)
+    """p_D, share of tokens whose MASK is inserted on the way; they teach insertion."""
+    wrong: float = Field(default=0.1, ge=0, lt=1)
+    """p_u, share of fills that draw any token; they teach substitution."""
+    stratify: bool = True
+    """Spread times over the blocks of a batch (lower variance, same expectation)."""
+
+
+Corruption = Annotated[MaskedCorruption | PathCorruption, Field(discriminator="kind")]
+"""Corruptions by `kind`."""
 
 
 class LossConfig(ConfigModel):

@@ -2,16 +2,17 @@
 
 Letters: B batch rows, L row length, R rows read, d width, V vocabulary, S longest block. All values
 are nats. Terms: `nelbo`, the bound on the text given the cuts (sum of S_b/K-weighted cross-entropy
-over masked slots); `ar`, next-token cross-entropy on the clean stream; `length`, -log p(S_b | the
-text before the block), which turns the bound into one on text *and* cuts. A term's count is what
-its sum is divided by: charged tokens (nelbo, ar) or charged blocks (length). The division takes
+over masked slots, or the path's integrand); `ar`, next-token cross-entropy on the clean stream;
+`length`, -log p(S_b | the text before the block), on a path the cost of the number of masks at its
+start, which turns the bound into one on text *and* cuts. A term's count is what its sum is divided
+by: charged tokens (nelbo, ar) or charged blocks (length). The division takes
 global counts, over ranks and accumulation steps, so a gradient does not depend on how a batch was
 split (notes/training.md §3.3).
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -20,13 +21,14 @@ import torch
 from abf_kernels.block_attention.api import Backend
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.nn import functional as F
 
 from abf.data.loader import PackedBatch
 from abf.diffusion.config import LossConfig
 from abf.diffusion.corrupt.base import Noised
+from abf.diffusion.corrupt.path import PathNoised
 from abf.diffusion.head import head_nll
 from abf.diffusion.layout import (
+    Reads,
     block_starts,
     clean_ranges,
     length_reads,
@@ -36,6 +38,8 @@ from abf.diffusion.layout import (
     predicted,
     two_stream,
 )
+from abf.diffusion.path.law import PathLaw
+from abf.diffusion.path.reads import path_charges, path_reads
 
 
 class Backbone(Protocol):
@@ -48,7 +52,15 @@ class Backbone(Protocol):
     @property
     def head_weight(self) -> Tensor: ...
 
+    @property
+    def mask_id(self) -> int: ...
+
+    @property
+    def end_id(self) -> int: ...
+
     def length_logits(self, hidden: Tensor) -> Tensor: ...
+
+    def edits(self, hidden: Tensor) -> Tensor: ...
 
     def attend(self, ranges: Tensor, *, backend: Backend) -> Any: ...
 
@@ -94,7 +106,7 @@ def loss_terms(
     model: Backbone,
     batch: PackedBatch,
     *,
-    noised: Noised | None,
+    noised: Noised | PathNoised | None,
     loss: LossConfig | None,
     backend: Backend,
 ) -> dict[str, Term]:
@@ -143,45 +155,88 @@ def ar_charges(model: Backbone, batch: PackedBatch, *, backend: Backend) -> Char
 def block_charges(
     model: Backbone,
     batch: PackedBatch,
-    noised: Noised,
+    noised: Noised | PathNoised,
     *,
     loss: LossConfig,
     backend: Backend,
     terms: Collection[str],
+    aligned: bool = False,
 ) -> dict[str, Charges]:
     """Charges of the named terms from one pass over both streams.
 
     `nelbo` is weighted, so its sum is an unbiased draw of the bound. Only rows that some term reads
     go through the last layer's MLP and the heads.
+
+    Args:
+        aligned: charge a path by its expectation over alignments, which is what a bound should be
+            reported by; a known alignment is cheaper to train on and has the same gradient in
+            expectation.
     """
     assert "ar" not in terms or loss.clean_stream == "context_causal", (
         "a block-causal clean stream sees its own targets"
     )
     streams = two_stream(batch, noised, clean_stream=loss.clean_stream)
-    reads = {
-        "nelbo": mask_reads(batch, noised, shift=loss.shift),
-        "ar": next_token_reads(batch, noisy=streams.noisy),
-        "length": length_reads(batch, noisy=streams.noisy),
-    }
+    noisy, L = streams.noisy, batch.token_ids.shape[1]
+
+    def nelbo() -> _Reading:
+        if isinstance(noised, PathNoised):
+            reads = path_reads(noised, L=L, shift=loss.shift)
+            slot = torch.from_numpy(noised.row * L + noised.start)
+
+            def charge(states: Tensor) -> Charges:
+                nats = path_charges(model, states, reads, end_id=model.end_id, aligned=aligned)
+                return Charges(nats.sum(), nats.detach(), slot)
+
+            return _Reading(reads.rows, charge)
+        reads = mask_reads(batch, noised, shift=loss.shift)
+        return _tokens(model, reads, torch.from_numpy(noised.weight[noised.masked]))
+
+    def length() -> _Reading:
+        reads = length_reads(batch, noisy=noisy)
+        law = noised.law if isinstance(noised, PathNoised) else PathLaw(0, 0, model.mask_id)
+
+        def charge(states: Tensor) -> Charges:
+            logits = model.length_logits(states)
+            wide = torch.promote_types(logits.dtype, torch.float32)
+            nats = law.length_nats(logits.log_softmax(dim=1, dtype=wide), reads.target)
+            return Charges(nats.sum(), nats.detach(), reads.slot)
+
+        return _Reading(reads.readout, charge)
+
+    def ar() -> _Reading:
+        return _tokens(model, next_token_reads(batch, noisy=noisy), None)
+
+    build = {"nelbo": nelbo, "ar": ar, "length": length}
+    readings = {name: build[name]() for name in terms}
     # A clean row may serve several terms; its state is computed once.
     rows, where = torch.unique(
-        torch.cat([reads[name].readout for name in terms]), return_inverse=True
+        torch.cat([reading.rows for reading in readings.values()]), return_inverse=True
     )
     attend = model.attend(streams.ranges, backend=backend)
     states = model.hidden(streams.ids, streams.positions, attend, rows=rows)
-    charges = {}
-    for name, at in zip(terms, where.split([len(reads[n].slot) for n in terms]), strict=True):
-        target, slot = reads[name].target, reads[name].slot
-        if name == "length":
-            logits = model.length_logits(states[at])
-            wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-            nll = F.cross_entropy(wide, target, reduction="none")
-            charges[name] = Charges(nll.sum(), nll.detach(), slot)
-        else:
-            weight = torch.from_numpy(noised.weight[noised.masked]) if name == "nelbo" else None
-            total, nll = head_nll(states[at], model.head_weight, target, weight)
-            charges[name] = Charges(total, nll, slot)
-    return charges
+    parts = where.split([len(reading.rows) for reading in readings.values()])
+    return {
+        name: reading.charge(states[at])
+        for (name, reading), at in zip(readings.items(), parts, strict=True)
+    }
+
+
+@dataclass
+class _Reading:
+    """Rows a term reads, in B*(M+L), and what it makes of their states."""
+
+    rows: Tensor
+    charge: Callable[[Tensor], Charges]
+
+
+def _tokens(model: Backbone, reads: Reads, weight: Tensor | None) -> _Reading:
+    """Cross-entropy of single tokens."""
+
+    def charge(states: Tensor) -> Charges:
+        total, nll = head_nll(states, model.head_weight, reads.target, weight)
+        return Charges(total, nll, reads.slot)
+
+    return _Reading(reads.readout, charge)
 
 
 def scatter(charges: Charges, batch: PackedBatch) -> NDArray[np.float64]:

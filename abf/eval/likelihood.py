@@ -142,6 +142,7 @@ def block_measures(
                 loss=objective.loss,
                 backend=BACKEND,
                 terms=("nelbo", "length") if first else ("nelbo",),
+                aligned=True,
             )
             nelbo[draw] += held.by_document(batch, scatter(charges["nelbo"], batch))
             if first:

@@ -47,6 +47,8 @@ class ModelConfig(ConfigModel):
     """Longest sequence the rotary table is made for."""
     max_block: int = Field(default=64, ge=1)
     """S, longest block; the size of the length head."""
+    edit_heads: bool = False
+    """Has the end-of-block input and the heads of insertion, substitution, deletion, completion."""
     document_id: int = Field(default=0, ge=0)
     """Token id that opens and closes a document."""
 

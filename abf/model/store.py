@@ -85,6 +85,18 @@ def load_model(directory: Path) -> Transformer:
     return assemble(config, load_weights(directory / WEIGHTS), directory / WEIGHTS)
 
 
+def with_edit_heads(model: Transformer) -> Transformer:
+    """The same model with heads that edit, at their start; itself where it has them."""
+    if model.config.edit_heads:
+        return model
+    config = model.config.model_copy(update={"edit_heads": True})
+    grown = empty_model(config).to_empty(device=model.head_weight.device)
+    grown.load_state_dict(model.state_dict(), strict=False)
+    grown.rope = rope_frequencies(config).to(model.head_weight.device)
+    grown.reset_edit_heads()
+    return grown
+
+
 def empty_model(config: ModelConfig) -> Transformer:
     """The model without memory behind its weights."""
     with torch.device("meta"):

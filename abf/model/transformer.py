@@ -118,11 +118,19 @@ class Layer(nn.Module):
         return x + self.mlp(self.mlp_norm(x))
 
 
+EDITS = ("insert", "insert_until", "substitute", "revise", "delete", "missing", "complete")
+"""Outputs of the edit head, raw numbers read at a slot's own state: size and end of the insertion
+rate before the slot and rate of substitution (of the path: `abf.diffusion.path.bound`); log-odds of
+substitution and deletion, tokens missing before the slot, and, at the end of a block, log-odds that
+it is complete (of the policy)."""
+
+
 class Transformer(nn.Module):
     """Decoder-only transformer with a MASK input and a block-length head.
 
-    The MASK id is V: an input embedding of its own, never an output. The length head starts at zero
-    (every length equally likely), so a converted model is its source.
+    The MASK id is V, the end of a block V+1 (with `edit_heads`): inputs with embeddings of their
+    own, never outputs. The length head starts at zero (every length equally likely), so do the edit
+    heads but for constants, so that a converted model is its source.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -140,6 +148,9 @@ class Transformer(nn.Module):
         self.length_head = nn.Linear(config.d_model, 1 + config.max_block)
         nn.init.zeros_(self.length_head.weight)
         nn.init.zeros_(self.length_head.bias)
+        if config.edit_heads:
+            self.end_embedding = nn.Parameter(torch.zeros(config.d_model))
+            self.edit_head = nn.Linear(config.d_model, len(EDITS))
         self.rope: Tensor
         self.register_buffer("rope", rope_frequencies(config), persistent=False)
 
@@ -147,6 +158,11 @@ class Transformer(nn.Module):
     def mask_id(self) -> int:
         """Input id of MASK."""
         return self.config.vocab_size
+
+    @property
+    def end_id(self) -> int:
+        """Input id of the end of a block."""
+        return self.config.vocab_size + 1
 
     @property
     def head_weight(self) -> Tensor:
@@ -179,11 +195,24 @@ class Transformer(nn.Module):
         with torch.no_grad():
             self.mask_embedding.copy_(self.embedding.weight.mean(dim=0))
 
+    def reset_edit_heads(self) -> None:
+        """Set the edit head to constants, and the end of a block to the document token.
+
+        Nothing is missing, nothing wrong beyond what the noise makes likely, nothing complete.
+        """
+        start = {"insert": -2.0, "revise": -4.0, "delete": -4.0, "missing": -4.0, "complete": -2.0}
+        with torch.no_grad():
+            self.end_embedding.copy_(self.embedding.weight[self.config.document_id])
+            self.edit_head.weight.zero_()
+            self.edit_head.bias.copy_(torch.tensor([start.get(name, 0.0) for name in EDITS]))
+
     def embed(self, ids: Tensor) -> Tensor:
-        """[B, M] ids in 0..V (V is MASK) -> [B, M, d]."""
-        masked = ids == self.mask_id
-        tokens = self.embedding(ids.masked_fill(masked, 0))
-        return torch.where(masked.unsqueeze(-1), self.mask_embedding, tokens)
+        """[B, M] ids in 0..V+1 (V is MASK, V+1 the end of a block) -> [B, M, d]."""
+        tokens = self.embedding(ids.masked_fill(ids >= self.mask_id, 0))
+        found = torch.where((ids == self.mask_id).unsqueeze(-1), self.mask_embedding, tokens)
+        if not self.config.edit_heads:
+            return found
+        return torch.where((ids == self.end_id).unsqueeze(-1), self.end_embedding, found)
 
     def hidden(
         self, ids: Tensor, positions: Tensor, attend: Attend, *, rows: Tensor | None = None
@@ -214,6 +243,11 @@ class Transformer(nn.Module):
     def length_logits(self, hidden: Tensor) -> Tensor:
         """[..., d] -> [..., S+1]; entry j is a next block that is opened with j slots."""
         return self.length_head(hidden)
+
+    def edits(self, hidden: Tensor) -> Tensor:
+        """[..., d] -> [..., len(EDITS)], at least fp32."""
+        found = self.edit_head(hidden)
+        return found.to(torch.promote_types(found.dtype, torch.float32))
 
     def attend(self, ranges: Tensor, *, backend: AttentionBackend) -> Attend:
         """Attention over the given key ranges [B, M, 4], for callers below this room."""

@@ -48,6 +48,11 @@ class BlockObjective(ConfigModel):
     loss: LossConfig = LossConfig()
     """Terms and their weights."""
 
+    @property
+    def edits(self) -> bool:
+        """Whether the model needs the heads that edit."""
+        return self.corruption.kind == "path"
+
 
 Objective = Annotated[ArObjective | BlockObjective, Field(discriminator="kind")]
 

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from abf.errors import DivergenceError, Interrupted, ResumeError
+from abf.model.store import with_edit_heads
 from abf.model.transformer import Transformer
 from abf.train import checkpoint
 from abf.train.config import TrainConfig
@@ -52,7 +53,8 @@ def train(
     Args:
         cfg: settings, with the precision resolved.
         seed: seed of data order and noise.
-        model: initial weights; trained in place.
+        model: initial weights; trained in place, but for a copy with the heads that its objective
+            needs.
         packed: `train.arrow` of the packed data.
         run_dir: folder of checkpoints and journal; the caller holds its lock.
         label: name of the run in progress lines.
@@ -64,6 +66,8 @@ def train(
         DivergenceError: the loss stopped being a number.
         Interrupted: a signal arrived; the state is saved.
     """
+    if cfg.objective.kind == "block" and cfg.objective.edits:
+        model = with_edit_heads(model)
     with (
         settings(threads=cfg.threads),
         world() as ranks,

@@ -150,7 +150,7 @@ class Trainer:
             )
             loss = combine(terms, counts, self.weights)
         loss.backward()
-        masked = 0 if noised is None else int(noised.masked.sum())
+        masked = 0 if noised is None else int((noised.noisy_ids == self.model.mask_id).sum())
         return torch.tensor(
             [*(float(terms[name].sum.detach()) for name in self.weights), masked],
             dtype=torch.float64,

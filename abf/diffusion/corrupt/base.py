@@ -7,7 +7,7 @@ vocabulary; V+1 is the end of a block, which only corruptions that change its le
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -45,7 +45,7 @@ class Corrupter(Protocol):
 
     def apply(
         self, batch: PackedBatch, *, seed: int, epochs: NDArray[np.int64], draw: int = 0
-    ) -> Noised:
+    ) -> Any:
         """Noise a batch.
 
         Noise is keyed by (seed, epoch, piece, place in the piece, draw), so it does not depend on

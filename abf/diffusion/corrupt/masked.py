@@ -8,8 +8,6 @@ of a Bernoulli draw (EMRS) would give S/(S+1) N_b instead and so misweigh unequa
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
 from numpy.typing import NDArray
 
@@ -17,11 +15,10 @@ from abf.data.loader import PackedBatch
 from abf.diffusion.config import MaskedCorruption
 from abf.diffusion.corrupt.base import Corrupter, Noised
 from abf.diffusion.layout import block_lengths, positions, predicted, run_starts
+from abf.diffusion.levels import noise_levels
 from abf.diffusion.rng import uniform
 
-_LEVEL, _SUBSET = 1, 2  # substreams: how many masks, and which
-_GOLDEN = (math.sqrt(5) - 1) / 2
-_SILVER = math.sqrt(2) - 1
+_SUBSET = 2  # substream: which slots are masked
 
 
 class Masked:
@@ -38,8 +35,7 @@ class Masked:
         charged = predicted(batch)
         start, length = run_starts(batch.block_id), block_lengths(batch)
         epoch = np.broadcast_to(np.asarray(epochs, dtype=np.int64)[:, None], (B, L))
-        number = self._block_number(batch, start)
-        level = self._level(seed, epoch, batch.document_id, number, draw)
+        level = noise_levels(batch, seed=seed, epochs=epochs, draw=draw, stratify=self.cfg.stratify)
         masks = 1 + np.minimum((level * length).astype(np.int64), length - 1)
 
         # A slot is masked when fewer than K slots of its block drew a smaller key.
@@ -56,31 +52,6 @@ class Masked:
             masked=masked,
             weight=np.where(masked, length / masks, 0.0),
         )
-
-    def _level(
-        self,
-        seed: int,
-        epoch: NDArray[np.int64],
-        document: NDArray[np.int64],
-        number: NDArray[np.int64],
-        draw: int,
-    ) -> NDArray[np.float64]:
-        """Noise level in [0, 1) of the block that holds each slot.
-
-        Stratified, the blocks of a piece (and the draws of a block) are steps of irrational length
-        around a circle from one random point: each is uniform by itself, together they are spread.
-        """
-        if not self.cfg.stratify:
-            return uniform(seed, _LEVEL, epoch, document, number, draw)
-        turn = uniform(seed, _LEVEL, epoch, document) + number * _GOLDEN + draw * _SILVER
-        return turn - np.floor(turn)
-
-    @staticmethod
-    def _block_number(batch: PackedBatch, start: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Number of each slot's block in its piece; the document token is block 0."""
-        L = start.shape[1]
-        ordinal = np.cumsum(start == np.arange(L), axis=1)
-        return ordinal - np.take_along_axis(ordinal, run_starts(batch.document_id), axis=1)
 
 
 def build(cfg: MaskedCorruption, *, mask_id: int) -> Corrupter:

@@ -117,9 +117,10 @@ def path_nats(
     nats = nats + torch.where(masked, entropy - cross, 0.0).sum(dim=1)
 
     change = torch.where(first[:, None] & (text[:, :, None] != clean[:, None, :]), share, 0.0)
-    jump = torch.log(rates.substitute)[..., None] + rates.token
-    cost = torch.xlogy(change, change).sum(2) - _cost(change, jump, logged=True).sum(2)
-    cost = cost - change.sum(2) + rates.substitute * (1 - rates.own)
+    total = change.sum(dim=2)
+    jump = _cost(total, rates.substitute) + _cost(change, rates.token, logged=True).sum(dim=2)
+    cost = torch.xlogy(change, change).sum(dim=2) - jump - total
+    cost = cost + rates.substitute * (1 - rates.own)
     return nats + torch.where(visible, cost, 0.0).sum(dim=1)
 
 

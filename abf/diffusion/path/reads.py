@@ -1,0 +1,136 @@
+"""Which states tell the rates of a batch of path states, and what they say.
+
+Letters: B batch rows, L clean and M noisy slots of a row, K blocks, n columns and m slots of the
+longest block, R rows read, d width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from abf.diffusion.corrupt.path import PathNoised
+from abf.diffusion.head import head_reads
+from abf.diffusion.path.align import Alignment, one_alignment, posterior
+from abf.diffusion.path.bound import Rates, insert_rate, path_nats, substitute_rate
+from abf.diffusion.path.law import Statuses
+
+
+class Heads(Protocol):
+    """What is read of the model."""
+
+    @property
+    def head_weight(self) -> Tensor: ...
+
+    def edits(self, hidden: Tensor) -> Tensor: ...
+
+
+@dataclass
+class PathReads:
+    """Rows to read, in B*(M+L), and the blocks they belong to."""
+
+    token: Tensor
+    """[R] row that tells the token of a slot."""
+    own: Tensor
+    """[K*(m+1)] row of each slot and of the end; a row of its block where there is no slot."""
+    block: Tensor
+    """[R] block of each slot."""
+    slot: Tensor
+    """[R] its number in the block."""
+    noised: PathNoised
+
+    @property
+    def rows(self) -> Tensor:
+        """All rows, tokens first."""
+        return torch.cat((self.token, self.own))
+
+
+def path_reads(noised: PathNoised, *, L: int, shift: bool) -> PathReads:
+    """Tokens are read from the state before their slot (`shift`; the first from the last clean
+    token before the block) or from their own, edits always from a slot's own state."""
+    M = noised.noisy_ids.shape[1]
+    base = torch.from_numpy(noised.row) * (M + L)
+    slots, first = torch.from_numpy(noised.slots), torch.from_numpy(noised.first)
+    m = noised.text.shape[1]
+    block, slot = torch.nonzero(torch.arange(m) < slots[:, None], as_tuple=True)
+    token = base[block] + first[block] + slot
+    if shift:
+        before = base[block] + M + torch.from_numpy(noised.start)[block] - 1
+        token = torch.where(slot == 0, before, token - 1)
+    place = torch.minimum(torch.arange(m + 1), slots[:, None])
+    own = (base + first)[:, None] + place
+    return PathReads(token, own.flatten(), block, slot, noised)
+
+
+def path_charges(
+    heads: Heads, states: Tensor, reads: PathReads, *, end_id: int, aligned: bool
+) -> Tensor:
+    """Weighted integrand of each block, [K] nats; its mean over times is the bound's integral.
+
+    Args:
+        heads: of the model.
+        states: [R + K*(m+1), d] states of `reads.rows`.
+        reads: what they belong to.
+        end_id: V+1.
+        aligned: expected over alignments (to report) instead of the known one (to train on).
+    """
+    noised = reads.noised
+    clean, text = torch.from_numpy(noised.clean), torch.from_numpy(noised.text)
+    columns, slots = torch.from_numpy(noised.columns), torch.from_numpy(noised.slots)
+    tau, mask_id = torch.from_numpy(noised.tau), end_id - 1
+    (K, n), m = clean.shape, text.shape[1]
+    statuses = noised.law.statuses(tau)
+    if aligned:
+        alignment = posterior(clean, columns, text, slots, statuses, mask_id=mask_id)
+    else:
+        present, real = torch.from_numpy(noised.present), torch.arange(n) < columns[:, None]
+        alignment = one_alignment(present, real, slots=m)
+
+    split = len(reads.token)
+    token, own, floor = _tokens(heads, states[:split], reads, alignment, aligned=aligned)
+    edits = heads.edits(states[split:]).view(K, m + 1, -1)
+    each = Statuses(*(value[:, None] for value in vars(statuses).values()))
+    rates = Rates(
+        insert=insert_rate(edits[..., 0], edits[..., 1], tau[:, None]),
+        substitute=substitute_rate(edits[:, :-1, 2], noised.law, each),
+        token=token,
+        own=own,
+        floor=floor,
+    )
+    nats = path_nats(
+        rates, alignment, clean=clean, columns=columns, text=text, slots=slots, law=noised.law,
+        mask_id=mask_id,
+    )  # fmt: skip
+    return nats * torch.from_numpy(noised.weight)
+
+
+def _tokens(
+    heads: Heads, states: Tensor, reads: PathReads, alignment: Alignment, *, aligned: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`token` [K, m, n], `own` and `floor` [K, m] of the rates.
+
+    With a known alignment a slot needs its own column's token alone, which then stands in the first
+    column of that token; the others are left at zero, and nothing reads them.
+    """
+    noised, block, slot = reads.noised, reads.block, reads.slot
+    clean, text = torch.from_numpy(noised.clean), torch.from_numpy(noised.text)
+    (K, n), m = clean.shape, text.shape[1]
+    held = text[block, slot].clamp(max=heads.head_weight.shape[0] - 1)
+    if aligned:
+        wanted = clean[block]
+        into = torch.arange(n).expand(len(block), n)
+    else:
+        column = alignment.column[block, slot].argmax(dim=1)
+        wanted = clean[block, column][:, None]
+        into = (clean[block] == wanted).long().argmax(dim=1, keepdim=True)
+    found, low = head_reads(
+        states, heads.head_weight, torch.cat((wanted, held[:, None]), dim=1), mix=noised.law.wrong
+    )
+    at = (block[:, None].expand_as(into), slot[:, None].expand_as(into), into)
+    token = found.new_zeros(K, m, n).index_put(at, found[:, :-1])
+    own = found.new_zeros(K, m).index_put((block, slot), found[:, -1].exp())
+    floor = found.new_zeros(K, m).index_put((block, slot), low)
+    return token, own, floor
