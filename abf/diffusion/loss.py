@@ -56,7 +56,7 @@ class Backbone(Protocol):
     def mask_id(self) -> int: ...
 
     @property
-    def end_id(self) -> int: ...
+    def max_block(self) -> int: ...
 
     def length_logits(self, hidden: Tensor) -> Tensor: ...
 
@@ -184,7 +184,7 @@ def block_charges(
             slot = torch.from_numpy(noised.row * L + noised.start)
 
             def charge(states: Tensor) -> Charges:
-                nats = path_charges(model, states, reads, end_id=model.end_id, aligned=aligned)
+                nats = path_charges(model, states, reads, longest=model.max_block, aligned=aligned)
                 return Charges(nats.sum(), nats.detach(), slot)
 
             return _Reading(reads.rows, charge)

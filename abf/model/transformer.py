@@ -160,6 +160,11 @@ class Transformer(nn.Module):
         return self.config.vocab_size
 
     @property
+    def max_block(self) -> int:
+        """S, longest block."""
+        return self.config.max_block
+
+    @property
     def end_id(self) -> int:
         """Input id of the end of a block."""
         return self.config.vocab_size + 1

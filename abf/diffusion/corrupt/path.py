@@ -23,6 +23,7 @@ from abf.diffusion.levels import noise_levels
 from abf.diffusion.path.law import ABSENT, MASKED, PathLaw
 from abf.diffusion.rng import uniform
 
+_SOON = 1e-12
 _STATUS, _TOKEN = 2, 3  # substreams: what a column holds, and which wrong token
 
 
@@ -70,7 +71,8 @@ class Path:
         """See `Corrupter.apply`."""
         B, L = batch.token_ids.shape
         charged, place = predicted(batch), positions(batch.document_id)
-        v = 1 - noise_levels(batch, seed=seed, epochs=epochs, draw=draw, stratify=self.cfg.stratify)
+        level = noise_levels(batch, seed=seed, epochs=epochs, draw=draw, stratify=self.cfg.stratify)
+        v = 1 - np.maximum(level, _SOON)  # at time 0 itself no token is right or wrong yet
         tau = -2 * np.log(v)
         epoch = np.broadcast_to(np.asarray(epochs, dtype=np.int64)[:, None], (B, L))
         status, token = (

@@ -116,7 +116,8 @@ def path_nats(
         cross = cross + law.wrong * rates.floor
     nats = nats + torch.where(masked, entropy - cross, 0.0).sum(dim=1)
 
-    change = torch.where(first[:, None] & (text[:, :, None] != clean[:, None, :]), share, 0.0)
+    other = (text[:, :, None] != clean[:, None, :]) & first[:, None] & visible[..., None]
+    change = torch.where(other, share, 0.0)
     total = change.sum(dim=2)
     jump = _cost(total, rates.substitute) + _cost(change, rates.token, logged=True).sum(dim=2)
     cost = torch.xlogy(change, change).sum(dim=2) - jump - total

@@ -66,7 +66,7 @@ def path_reads(noised: PathNoised, *, L: int, shift: bool) -> PathReads:
 
 
 def path_charges(
-    heads: Heads, states: Tensor, reads: PathReads, *, end_id: int, aligned: bool
+    heads: Heads, states: Tensor, reads: PathReads, *, longest: int, aligned: bool
 ) -> Tensor:
     """Weighted integrand of each block, [K] nats; its mean over times is the bound's integral.
 
@@ -74,13 +74,13 @@ def path_charges(
         heads: of the model.
         states: [R + K*(m+1), d] states of `reads.rows`.
         reads: what they belong to.
-        end_id: V+1.
+        longest: slots of a block beyond which nothing is inserted.
         aligned: expected over alignments (to report) instead of the known one (to train on).
     """
     noised = reads.noised
     clean, text = torch.from_numpy(noised.clean), torch.from_numpy(noised.text)
     columns, slots = torch.from_numpy(noised.columns), torch.from_numpy(noised.slots)
-    tau, mask_id = torch.from_numpy(noised.tau), end_id - 1
+    tau, mask_id = torch.from_numpy(noised.tau), noised.law.vocab
     (K, n), m = clean.shape, text.shape[1]
     statuses = noised.law.statuses(tau)
     if aligned:
@@ -93,8 +93,9 @@ def path_charges(
     token, own, floor = _tokens(heads, states[:split], reads, alignment, aligned=aligned)
     edits = heads.edits(states[split:]).view(K, m + 1, -1)
     each = Statuses(*(value[:, None] for value in vars(statuses).values()))
+    room = (slots < longest)[:, None]
     rates = Rates(
-        insert=insert_rate(edits[..., 0], edits[..., 1], tau[:, None]),
+        insert=insert_rate(edits[..., 0], edits[..., 1], tau[:, None]) * room,
         substitute=substitute_rate(edits[:, :-1, 2], noised.law, each),
         token=token,
         own=own,
