@@ -89,18 +89,17 @@ class Layout:
     """[closing] number of each closing request's last row."""
 
 
-def layout(requests: Sequence[RequestState], *, shift: bool) -> Layout:
-    """Rows of the next forward pass.
+def layout(requests: Sequence[RequestState], *, shift: bool, end_id: int | None = None) -> Layout:
+    """Rows of the next forward pass; an open block ends with `end_id` where the model knows one.
 
     A masked slot is read from its own row or, with `shift`, from the row before it; a block's first
     slot then from the last committed token (`abf.diffusion.layout.two_stream` in training).
     """
-    sent, reads, which, slots, sources, closing, audits, lasts = ([] for _ in range(8))
-    number, width = 0, max(len(_ids(state)) for state in requests)
+    reads, which, slots, sources, closing, audits, lasts = ([] for _ in range(7))
+    sent = [_ids(state, end_id) for state in requests]
+    number, width = 0, max(len(ids) for ids in sent)
     before = sum(_count(state, shift) for state in requests)
-    for row, state in enumerate(requests):
-        ids = _ids(state)
-        sent.append(ids)
+    for row, (state, ids) in enumerate(zip(requests, sent, strict=True)):
         if state.closing is not None:
             read = np.arange(len(ids))
             closing.append(row)
@@ -131,11 +130,11 @@ def layout(requests: Sequence[RequestState], *, shift: bool) -> Layout:
     )
 
 
-def _ids(state: RequestState) -> NDArray[np.int32]:
+def _ids(state: RequestState, end_id: int | None) -> NDArray[np.int32]:
     if state.closing is not None:
         return state.closing.delivered
     assert state.block is not None
-    return state.block.ids
+    return state.block.ids if end_id is None else np.append(state.block.ids, np.int32(end_id))
 
 
 def _count(state: RequestState, shift: bool) -> int:

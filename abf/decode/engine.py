@@ -196,7 +196,8 @@ class Engine:
 
     def _forward(self, batch: Batch) -> int:
         """One pass for everyone; how many tokens of closed blocks it wrote to the cache."""
-        plan = layout(batch.requests, shift=self.shift)
+        end = self.model.end_id if self.model.config.edit_heads else None
+        plan = layout(batch.requests, shift=self.shift, end_id=end)
         ids, lengths = pad(plan.sent, self.device)
         for state, sent in zip(batch.requests, plan.sent, strict=True):
             state.nfe += 1

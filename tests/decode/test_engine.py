@@ -25,6 +25,7 @@ from abf.errors import ConfigError
 from abf.model.attention import CacheAttend, RangeAttend
 from abf.model.cache import KVCache
 from abf.model.huggingface import load_hf
+from abf.model.store import with_edit_heads
 from abf.model.transformer import Transformer
 from tests.decode.runs import AR, block_config, run, tokens
 from tests.decode.tiny import V, tiny_decode, tiny_engine, tiny_model, tiny_prompts
@@ -118,10 +119,15 @@ def test_another_seed_gives_another_sample(model: Transformer, tmp_path: Path) -
 
 
 @pytest.mark.parametrize("shift", [True, False])
+@pytest.mark.parametrize("ends", [False, True])
 def test_block_decoding_equals_a_plain_loop(
-    model: Transformer, tmp_path: Path, shift: bool
+    model: Transformer, tmp_path: Path, shift: bool, ends: bool
 ) -> None:
     """Oracle: one request, no batch, no skipped forward, every slot looked at."""
+    if ends:  # every block it was trained on ended with a slot that says so
+        model = with_edit_heads(model).eval()
+        with torch.no_grad():
+            model.end_embedding.normal_(0, 3, generator=torch.Generator().manual_seed(0))
     prompt, cfg = tiny_prompts()[4], block_config(0.3)
     (sample,) = run(tmp_path / "log", cfg, model, [prompt], shift=shift)
     context = [0, *prompt.token_ids.tolist()]
@@ -133,7 +139,8 @@ def test_block_decoding_equals_a_plain_loop(
             block = [V] * n
             before = _states(model, known, [], causal=True)[-1:]
             while V in block[: block.index(0) if 0 in block else n]:
-                own = _states(model, known, block, causal=False)[None]
+                end = [model.end_id] * ends
+                own = _states(model, known, block + end, causal=False)[None, :n]
                 states = torch.cat((before[None], own[:, :-1]), 1) if shift else own
                 probs = model.logits(states)[0].softmax(-1)
                 best = probs.max(-1)

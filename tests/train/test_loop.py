@@ -22,6 +22,7 @@ from tests.train.tiny_run import L, new_model, tiny_config, tiny_train, write_ro
 
 AR = {"objective": {"kind": "ar"}}
 BF16 = {"precision": "bf16", "micro_rows": 2}
+PATH = {"objective": {"kind": "block", "corruption": {"kind": "path"}}}
 
 
 def test_a_run_records_what_it_did(whole_run: tuple[Path, TrainResult]) -> None:
@@ -76,18 +77,20 @@ def test_loss_is_made_of_its_terms(whole_run: tuple[Path, TrainResult], tmp_path
     assert 0 < first["length"] < math.log(8)
 
 
-def test_it_learns(tmp_path: Path) -> None:
+@pytest.mark.parametrize("changes", [{}, PATH])
+def test_it_learns(tmp_path: Path, changes: dict[str, Any]) -> None:
     packed = write_rows(tmp_path, rows=4)
-    cfg = tiny_config(
-        tokens=60 * 4 * L, optim={"lr": 0.02, "warmup_fraction": 0.1}, checkpoint_steps=60
-    )
+    optim = {"lr": 0.02, "warmup_fraction": 0.1}
+    cfg = tiny_config(tokens=60 * 4 * L, optim=optim, checkpoint_steps=60, **changes)
     train(cfg, seed=0, model=new_model(), packed=packed, run_dir=tmp_path, label="learn")
     values = [values for _, _, values in curve(tmp_path)]
     assert values[-1]["ar"] < 0.6 * values[0]["ar"]
     assert values[-1]["nelbo"] < 0.8 * values[0]["nelbo"]
 
 
-@pytest.mark.parametrize(("at", "changes"), [(3, {}), (5, {}), (5, AR), (5, BF16)])
+@pytest.mark.parametrize(
+    ("at", "changes"), [(3, {}), (5, {}), (5, AR), (5, BF16), (5, PATH | BF16)]
+)
 def test_resume_is_bit_exact(
     tmp_path: Path, changes: dict[str, Any], at: int, stop_at: Callable[..., Interrupted]
 ) -> None:
