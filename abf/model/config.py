@@ -9,18 +9,48 @@ from pydantic import Field
 from abf.base import ConfigModel
 
 
-class RopeScaling(ConfigModel):
+class LinearScaling(ConfigModel):
+    """All frequencies of RoPE divided by one factor (names as in Hugging Face configs)."""
+
+    kind: Literal["linear"] = "linear"
+    factor: float = Field(gt=0)
+
+
+class Llama3Scaling(ConfigModel):
     """Llama-3 frequency scaling of RoPE (names as in Hugging Face configs)."""
 
+    kind: Literal["llama3"] = "llama3"
     factor: float = Field(gt=0)
     low_freq_factor: float = Field(gt=0)
     high_freq_factor: float = Field(gt=0)
     original_max_position_embeddings: int = Field(ge=1)
 
 
-class ModelConfig(ConfigModel):
-    """Shape of the decoder-only transformer (RMSNorm, RoPE, GQA, SwiGLU); `model_config.json`."""
+class YarnScaling(ConfigModel):
+    """YaRN scaling of RoPE (Peng et al., arXiv 2309.00071; names as in Hugging Face configs)."""
 
+    kind: Literal["yarn"] = "yarn"
+    factor: float = Field(gt=0)
+    original_max_position_embeddings: int = Field(ge=1)
+    attention_factor: float = Field(gt=0)
+    """Queries and keys are this much longer after turning."""
+    beta_fast: float = Field(default=32.0, gt=0)
+    beta_slow: float = Field(default=1.0, gt=0)
+    truncate: bool = True
+    """Round the ends of the blend to whole pairs."""
+
+
+RopeScaling = Annotated[LinearScaling | Llama3Scaling | YarnScaling, Field(discriminator="kind")]
+
+FamilyName = Literal["llama", "mistral", "qwen2", "qwen3", "gpt2"]
+"""Families of Hugging Face directories: one file each in `families/`."""
+
+
+class ModelConfig(ConfigModel):
+    """Shape of the decoder-only transformer; `model_config.json`. Defaults are a Llama's."""
+
+    family: FamilyName = "llama"
+    """Whose Hugging Face directories the AR view is written as."""
     vocab_size: int = Field(ge=2)
     """V. The MASK input id is V itself: an input embedding, never an output."""
     d_model: int = Field(ge=2)
@@ -34,17 +64,31 @@ class ModelConfig(ConfigModel):
     head_dim: int = Field(ge=2)
     """D, even."""
     d_ff: int = Field(ge=2)
-    """Hidden width of SwiGLU."""
+    """Hidden width of the MLP."""
+    norm: Literal["rms", "layer"] = "rms"
+    """RMSNorm, or LayerNorm with bias."""
+    mlp: Literal["swiglu", "gelu"] = "swiglu"
+    """SwiGLU, or one hidden layer with GELU (tanh form)."""
+    positions: Literal["rotary", "learned"] = "rotary"
+    """RoPE, or an embedding a position, added to the token's."""
+    qkv_bias: bool = False
+    """Query, key and value projections have biases."""
+    out_bias: bool = False
+    """The attention's output projection has a bias."""
+    mlp_bias: bool = False
+    """The MLP's projections have biases."""
+    qk_norm: bool = False
+    """RMSNorm of each query and key head before it is turned."""
     rope_theta: float = Field(default=10_000.0, gt=0)
     """Base of the rotary frequencies."""
     rope_scaling: RopeScaling | None = None
-    """Llama-3 scaling, or none."""
+    """How RoPE was stretched, or none."""
     norm_eps: float = Field(default=1e-5, gt=0)
-    """Epsilon of RMSNorm."""
+    """Epsilon of the norms."""
     tie_embeddings: bool = True
     """Input and output embeddings share one matrix."""
     max_positions: int = Field(default=8192, ge=1)
-    """Longest sequence the rotary table is made for."""
+    """Longest sequence the model knows positions for."""
     max_block: int = Field(default=64, ge=1)
     """S, longest block; the size of the length head."""
     edit_heads: bool = False

@@ -28,16 +28,9 @@ from abf.diffusion.loss import block_charges, scatter
 from abf.errors import ArtifactError
 from abf.files import sha256, write_json
 from abf.model.config import DirectoryCheckpoint, ImportedBase, PackageCheckpoint
-from abf.model.huggingface import (
-    ARCHITECTURES,
-    CONFIG,
-    INDEX,
-    hf_name,
-    load_hf,
-    read_config,
-    save_hf,
-    weight_files,
-)
+from abf.model.families.base import OURS_ALONE
+from abf.model.hf_config import CONFIG, read_config, read_source
+from abf.model.huggingface import INDEX, describe, load_hf, save_hf, weight_files
 from abf.model.store import WEIGHTS, load_model, new_model, save_model
 from abf.model.transformer import Transformer
 from abf.track.progress import Progress
@@ -78,9 +71,10 @@ class Identity:
 def import_checkpoint(cfg: ImportedBase, out: Path) -> dict[str, int | float | str]:
     """Write a checkpoint as a Hugging Face directory, `out`/base.
 
-    A GGUF file in a Python package is dequantised once, through `transformers`, and written in
-    fp32: dequantised values (scale times 4-bit integer plus offset) do not fit 16 bits, and fp32 is
-    what training starts from, so nothing is rounded between the package and the first step.
+    A GGUF file of a Llama in a Python package is dequantised once, through `transformers`, and
+    written in fp32: dequantised values (scale times 4-bit integer plus offset) do not fit 16 bits,
+    and fp32 is what training starts from, so nothing is rounded between the package and the first
+    step.
 
     Raises:
         ArtifactError: the checkpoint is missing, damaged, or of an architecture or with tensors
@@ -93,7 +87,9 @@ def import_checkpoint(cfg: ImportedBase, out: Path) -> dict[str, int | float | s
     else:
         counts = _import_directory(checkpoint, base)
     state = load_hf(base).state_dict()
-    counts["parameters"] = sum(state[name].numel() for name in state if hf_name(name) is not None)
+    counts["parameters"] = sum(
+        state[name].numel() for name in state if not name.startswith(OURS_ALONE)
+    )
     counts["vocab_size"] = len(state["embedding.weight"])
     return counts
 
@@ -119,8 +115,8 @@ def _import_package(
             raise ArtifactError(f"{what} cannot be read: {error}") from error
         if config.model_type != "llama":
             raise ArtifactError(
-                f"{what}: architecture {config.model_type!r} is not known; known: "
-                f"{', '.join(ARCHITECTURES)}"
+                f"{what}: architecture {config.model_type!r} is not known in GGUF files; known: "
+                "llama"
             )
         # The quantised model refuses to be saved, so its weights go into a plain one.
         quantised: Any = AutoModelForCausalLM.from_pretrained(
@@ -171,6 +167,8 @@ def convert(
 ) -> dict[str, int | float | str]:
     """Write `out`/init: an ABF model equal to the AR model in `base`/base, and identity.json.
 
+    Prints which tensor became which, and which are new.
+
     Raises:
         ArtifactError: the text was packed with a tokenizer that does not match the checkpoint, rows
             are longer than the model's context, or the converted model differs from its source.
@@ -178,7 +176,8 @@ def convert(
     source = base / "base"
     heldout = packed / "packed" / "heldout.arrow"
     rows = PackedRows(heldout)
-    config = read_config(source)
+    described = read_source(source)
+    config = described.config
     if rows.vocab_size != config.vocab_size:
         raise ArtifactError(
             f"a tokenizer that does not match the checkpoint: {heldout} was packed with "
@@ -188,11 +187,12 @@ def convert(
     if rows.row_length > config.max_positions:
         raise ArtifactError(
             f"{heldout} has rows of {rows.row_length} tokens, {source} a context of "
-            f"{config.max_positions}; lower pack.row_length"
+            f"{config.max_positions} ({described.limit} in its {CONFIG}); lower pack.row_length"
         )
     batches = [rows.rows(np.array([row])) for row in range(min(len(rows), IDENTITY_ROWS))]
     wanted = source_nll(source, batches)
     model = load_hf(source, max_block=pack_cfg.max_block, document_id=rows.document_token)
+    print("\n".join(describe(source, model)), flush=True)
     identity = compare(model, batches, wanted)
     if not identity.max_abs_diff <= IDENTITY_TOLERANCE:  # "not": NaN must fail too
         raise ArtifactError(

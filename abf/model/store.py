@@ -15,7 +15,8 @@ from torch import Tensor
 from abf.errors import ArtifactError
 from abf.files import atomic_path, write_json
 from abf.model.config import ModelConfig, ShapeConfig
-from abf.model.transformer import Transformer, rope_frequencies
+from abf.model.rope import rope_frequencies
+from abf.model.transformer import Transformer
 
 WEIGHTS = "model.safetensors"
 MODEL_CONFIG = "model_config.json"

@@ -1,5 +1,8 @@
 """One readable decoder-only transformer: RMSNorm, RoPE, grouped-query attention, SwiGLU.
 
+Options of `ModelConfig` make it a Qwen (biases, norms of query and key heads) or a GPT-2
+(LayerNorm, learned positions, GELU); without them it is a Llama.
+
 Letters: B batch rows, M query rows, H/G query/kv heads, D head dim, V vocabulary, S longest block,
 d width. Parameters are fp32; mixed precision is the caller's autocast, norms stay in fp32 inside.
 Who may see whom is not known here: it comes in as an `Attend`.
@@ -15,38 +18,7 @@ from torch.nn import functional as F
 
 from abf.model.attention import Attend, RangeAttend
 from abf.model.config import AttentionBackend, ModelConfig
-
-
-def rope_frequencies(config: ModelConfig) -> Tensor:
-    """Angular speed of each rotated pair, [D/2], radians a position.
-
-    Plain RoPE, or Llama-3 scaling: waves longer than the original context are slowed by `factor`,
-    short ones kept, and those between blended (names and formula as in Hugging Face configs).
-    """
-    pairs = torch.arange(0, config.head_dim, 2, dtype=torch.int64).float()
-    speed = 1.0 / (config.rope_theta ** (pairs / config.head_dim))
-    scaling = config.rope_scaling
-    if scaling is None:
-        return speed
-    wavelength = 2 * math.pi / speed
-    context = scaling.original_max_position_embeddings
-    blend = (context / wavelength - scaling.low_freq_factor) / (
-        scaling.high_freq_factor - scaling.low_freq_factor
-    )
-    blend = blend.clamp(0, 1)
-    return (1 - blend) * speed / scaling.factor + blend * speed
-
-
-def rotation(positions: Tensor, speed: Tensor) -> tuple[Tensor, Tensor]:
-    """Cosines and signed sines [B, M, 1, D] of positions [B, M], for `rotate`."""
-    angles = (positions.unsqueeze(-1).to(speed.dtype) * speed).unsqueeze(2)
-    cos, sin = angles.cos(), angles.sin()
-    return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn pairs (i, i + D/2) of x [B, M, heads, D]; computed in fp32, returned in x's dtype."""
-    return (x * cos + x.roll(x.shape[-1] // 2, dims=-1) * sin).to(x.dtype)
+from abf.model.rope import rope_frequencies, rope_stretch, rotate, rotation
 
 
 class RMSNorm(nn.Module):
@@ -63,23 +35,35 @@ class RMSNorm(nn.Module):
         return self.weight * scaled.to(x.dtype)
 
 
+def norm(config: ModelConfig) -> nn.Module:
+    """Norm over the residual stream."""
+    kind = {"rms": RMSNorm, "layer": nn.LayerNorm}[config.norm]
+    return kind(config.d_model, config.norm_eps)
+
+
 class Attention(nn.Module):
     """Projections around the attention seam."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.heads, self.kv_heads, self.head_dim = config.heads, config.kv_heads, config.head_dim
-        self.q = nn.Linear(config.d_model, config.heads * config.head_dim, bias=False)
-        self.k = nn.Linear(config.d_model, config.kv_heads * config.head_dim, bias=False)
-        self.v = nn.Linear(config.d_model, config.kv_heads * config.head_dim, bias=False)
-        self.o = nn.Linear(config.heads * config.head_dim, config.d_model, bias=False)
+        self.q = nn.Linear(config.d_model, config.heads * config.head_dim, bias=config.qkv_bias)
+        self.k = nn.Linear(config.d_model, config.kv_heads * config.head_dim, bias=config.qkv_bias)
+        self.v = nn.Linear(config.d_model, config.kv_heads * config.head_dim, bias=config.qkv_bias)
+        self.o = nn.Linear(config.heads * config.head_dim, config.d_model, bias=config.out_bias)
+        self.q_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else None
+        self.k_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else None
 
     def mix(self, x: Tensor, cos: Tensor, sin: Tensor, layer: int, attend: Attend) -> Tensor:
         """[B, M, d] -> [B, M, H*D]: what the heads gather, before the output projection."""
         B, M, _ = x.shape
-        q = rotate(self.q(x).view(B, M, self.heads, self.head_dim), cos, sin)
-        k = rotate(self.k(x).view(B, M, self.kv_heads, self.head_dim), cos, sin)
+        q = self.q(x).view(B, M, self.heads, self.head_dim)
+        k = self.k(x).view(B, M, self.kv_heads, self.head_dim)
         v = self.v(x).view(B, M, self.kv_heads, self.head_dim)
+        if self.q_norm is not None and self.k_norm is not None:
+            # Norms answer in fp32 under autocast; the seam and the cache want one dtype.
+            q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         mixed = attend(layer, q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
         return mixed.transpose(1, 2).reshape(B, M, self.heads * self.head_dim)
 
@@ -89,23 +73,35 @@ class SwiGLU(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.gate = nn.Linear(config.d_model, config.d_ff, bias=False)
-        self.up = nn.Linear(config.d_model, config.d_ff, bias=False)
-        self.down = nn.Linear(config.d_ff, config.d_model, bias=False)
+        self.gate = nn.Linear(config.d_model, config.d_ff, bias=config.mlp_bias)
+        self.up = nn.Linear(config.d_model, config.d_ff, bias=config.mlp_bias)
+        self.down = nn.Linear(config.d_ff, config.d_model, bias=config.mlp_bias)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down(F.silu(self.gate(x)) * self.up(x))
 
 
-class Layer(nn.Module):
-    """Pre-norm attention and SwiGLU, each added to the residual stream."""
+class GeluMLP(nn.Module):
+    """down(gelu(up(x))), GELU in its tanh form (`gelu_new` of GPT-2)."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.attention_norm = RMSNorm(config.d_model, config.norm_eps)
+        self.up = nn.Linear(config.d_model, config.d_ff, bias=config.mlp_bias)
+        self.down = nn.Linear(config.d_ff, config.d_model, bias=config.mlp_bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(F.gelu(self.up(x), approximate="tanh"))
+
+
+class Layer(nn.Module):
+    """Pre-norm attention and MLP, each added to the residual stream."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.attention_norm = norm(config)
         self.attention = Attention(config)
-        self.mlp_norm = RMSNorm(config.d_model, config.norm_eps)
-        self.mlp = SwiGLU(config)
+        self.mlp_norm = norm(config)
+        self.mlp = {"swiglu": SwiGLU, "gelu": GeluMLP}[config.mlp](config)
 
     def forward(
         self, x: Tensor, cos: Tensor, sin: Tensor, layer: int, attend: Attend, rows: Tensor | None
@@ -137,9 +133,14 @@ class Transformer(nn.Module):
         super().__init__()
         self.config = config
         self.embedding = nn.Embedding(config.vocab_size, config.d_model)
+        self.position_embedding = (
+            nn.Embedding(config.max_positions, config.d_model)
+            if config.positions == "learned"
+            else None
+        )
         self.mask_embedding = nn.Parameter(torch.zeros(config.d_model))
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.layers))
-        self.norm = RMSNorm(config.d_model, config.norm_eps)
+        self.norm = norm(config)
         self.head = (
             None
             if config.tie_embeddings
@@ -178,12 +179,13 @@ class Transformer(nn.Module):
         """Set every weight of a model trained from scratch.
 
         Matrices are normal, 0.02; what is added to the residual stream is scaled by
-        1/sqrt(2*layers) (GPT-2). Norms are one, the length head zero, MASK the mean embedding.
+        1/sqrt(2*layers) (GPT-2). Norms are one, biases and the length head zero, MASK the mean
+        embedding.
         """
         residual = 0.02 / math.sqrt(2 * self.config.layers)
         with torch.no_grad():
             for name, parameter in self.named_parameters():
-                if name.startswith("length_head"):
+                if name.startswith("length_head") or name.endswith(".bias"):
                     parameter.zero_()
                 elif parameter.dim() == 1:
                     parameter.fill_(1.0)
@@ -235,7 +237,10 @@ class Transformer(nn.Module):
             [B, M, d], or [R, d] when `rows` is given.
         """
         x = self.embed(ids)
-        cos, sin = rotation(positions, self.rope)
+        if self.position_embedding is not None:
+            # Only padding lies beyond the table: the engine and the training step refuse real rows.
+            x = x + self.position_embedding(positions.clamp(max=self.config.max_positions - 1))
+        cos, sin = rotation(positions, self.rope, stretch=rope_stretch(self.config))
         last = len(self.layers) - 1
         for number, layer in enumerate(self.layers):
             x = layer(x, cos, sin, number, attend, rows if number == last else None)

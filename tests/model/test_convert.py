@@ -1,7 +1,7 @@
 """Importing checkpoints and converting them, with `transformers` as the oracle."""
 
 import json
-import shutil
+import re
 from pathlib import Path
 
 import numpy as np
@@ -15,14 +15,19 @@ from abf.data.config import PackConfig
 from abf.data.loader import PackedBatch, PackedRows
 from abf.errors import ArtifactError
 from abf.model import convert as convert_module
-from abf.model.config import ImportedBase
-from abf.model.convert import convert, import_checkpoint, load_hf, load_model
-from abf.model.huggingface import read_config
+from abf.model.convert import convert, load_hf, load_model
+from abf.model.hf_config import read_config
 from tests.diffusion.rows import make_batch
+from tests.model.test_families import GPT2, GROUPED, VARIANTS, random_model
 from tests.model.test_transformer import LLAMA3, random_llama, theirs
 
 L, V = 26, 257
 PACK = PackConfig(row_length=L, max_block=6)
+
+
+def edit_config(path: Path, **changes: object) -> None:
+    config = path / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | changes))
 
 
 def write_packed(stage: Path, *, vocab_size: int = V) -> PackedBatch:
@@ -51,9 +56,6 @@ def source(tmp_path) -> LlamaForCausalLM:
     return model
 
 
-# convert -------------------------------------------------------------------------------------
-
-
 def test_conversion_is_an_identity_and_says_so(tmp_path, source):
     batch = write_packed(tmp_path / "pack")
     counts = convert(tmp_path / "stage", tmp_path / "pack", PACK, tmp_path / "out")
@@ -77,6 +79,69 @@ def test_conversion_is_an_identity_and_says_so(tmp_path, source):
     torch.testing.assert_close(model.mask_embedding, model.embedding.weight.mean(0))
 
 
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_conversion_is_an_identity_in_every_family(tmp_path, variant, capsys):
+    """The clean stream beside a noisy one gives the source's log-probabilities, and what was
+    mapped is printed."""
+    family, settings = VARIANTS[variant]
+    if settings.get("sliding_window"):
+        settings = settings | {"sliding_window": L}
+    source = random_model(family, settings | {"vocab_size": V})
+    source.save_pretrained(tmp_path / "stage" / "base")
+    write_packed(tmp_path / "pack")
+    counts = convert(tmp_path / "stage", tmp_path / "pack", PACK, tmp_path / "out")
+    assert counts["max_abs_diff"] < 1e-4
+    model = load_model(tmp_path / "out" / "init")
+    assert model.config.family == family
+    first, *groups, new = capsys.readouterr().out.splitlines()
+    names = [name for name, _ in source.named_parameters()]
+    assert f"{type(source).__name__}, 3 layers, vocabulary {V}, context " in first
+    size = sum(parameter.numel() for parameter in source.parameters())
+    assert first.endswith(f"; {len(names)} tensors mapped, {size} parameters")
+    patterns = {re.sub(r"\.\d+\.", ".*.", name) for name in names}
+    assert {line.split(" -> ")[0].strip() for line in groups} == patterns
+    assert new.startswith(f"  new: mask_embedding [32], length_head.weight [{PACK.max_block}")
+
+
+def test_the_fused_matrix_is_told_from_the_others(tmp_path, capsys):
+    random_model("gpt2", GPT2 | {"vocab_size": V}).save_pretrained(tmp_path / "stage" / "base")
+    write_packed(tmp_path / "pack")
+    convert(tmp_path / "stage", tmp_path / "pack", PACK, tmp_path / "out")
+    said = capsys.readouterr().out
+    assert "context 48 (n_positions); 40 tensors mapped" in said
+    ours = ", ".join(f"layers.*.attention.{part}.weight" for part in "qkv")
+    assert f"  transformer.h.*.attn.c_attn.weight -> {ours} (3, transposed)\n" in said
+    assert "  transformer.wpe.weight -> position_embedding.weight (1)\n" in said
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "message"),
+    [
+        ("mistral", {"sliding_window": 20}, r"context of 20 \(sliding_window in its config"),
+        (
+            "qwen2",
+            {"use_sliding_window": True, "sliding_window": 20, "max_window_layers": 0}
+            | {"layer_types": None},
+            r"context of 20 \(sliding_window in",
+        ),
+        (
+            "qwen3",
+            {"sliding_window": 20, "layer_types": ["full_attention", "sliding_attention"] * 2},
+            r"context of 20 \(sliding_window in",
+        ),
+        ("gpt2", {"n_positions": 20}, r"context of 20 \(n_positions in"),
+    ],
+)
+def test_rows_longer_than_a_familys_context_are_refused(tmp_path, family, changes, message):
+    """The key that bounds the context is named, sliding windows too."""
+    write_packed(tmp_path / "pack")
+    settings = (GPT2 if family == "gpt2" else GROUPED) | {"vocab_size": V}
+    random_model(family, settings).save_pretrained(tmp_path / "stage" / "base")
+    edit_config(tmp_path / "stage" / "base", **changes)
+    with pytest.raises(ArtifactError, match=f"rows of 26 tokens.*{message}"):
+        convert(tmp_path / "stage", tmp_path / "pack", PACK, tmp_path / "out")
+
+
 def test_a_tokenizer_that_does_not_match_the_checkpoint(tmp_path, source):
     write_packed(tmp_path / "pack", vocab_size=300)
     with pytest.raises(ArtifactError, match=r"does not match.*300 token ids.*has 257"):
@@ -87,7 +152,9 @@ def test_rows_longer_than_the_context_are_refused(tmp_path, source):
     write_packed(tmp_path / "pack")
     path = tmp_path / "stage" / "base" / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"max_position_embeddings": 16}))
-    with pytest.raises(ArtifactError, match=r"rows of 26 tokens.*context of 16"):
+    with pytest.raises(
+        ArtifactError, match=r"rows of 26 tokens.*context of 16 \(max_position_embeddings in"
+    ):
         convert(tmp_path / "stage", tmp_path / "pack", PACK, tmp_path / "out")
 
 
@@ -105,117 +172,3 @@ def test_a_conversion_that_changes_the_model_is_refused(tmp_path, source, monkey
     with pytest.raises(ArtifactError, match="the converted model is not its source"):
         convert(tmp_path / "stage", tmp_path / "pack", PACK, tmp_path / "out")
     assert not (tmp_path / "out" / "init").exists()
-
-
-# import a directory --------------------------------------------------------------------------
-
-
-def directory(path: Path) -> ImportedBase:
-    return ImportedBase.model_validate({"checkpoint": {"kind": "directory", "path": str(path)}})
-
-
-@pytest.fixture
-def checkpoint(tmp_path, source) -> Path:
-    path = tmp_path / "stage" / "base"
-    (path / "tokenizer.json").write_text("{}")
-    return path
-
-
-def edit_config(path: Path, **changes: object) -> None:
-    config = path / "config.json"
-    config.write_text(json.dumps(json.loads(config.read_text()) | changes))
-
-
-def test_a_directory_is_copied_whole(tmp_path, checkpoint, source):
-    counts = import_checkpoint(directory(checkpoint), tmp_path / "out")
-    assert counts["parameters"] == sum(p.numel() for p in source.parameters())
-    assert counts["vocab_size"] == V
-    shutil.rmtree(checkpoint)
-    read = LlamaForCausalLM.from_pretrained(tmp_path / "out" / "base")
-    for name, parameter in source.named_parameters():
-        assert torch.equal(read.get_parameter(name), parameter)
-    assert (tmp_path / "out" / "base" / "tokenizer.json").exists()
-
-
-def test_shards_with_an_index(tmp_path, source):
-    path = tmp_path / "sharded"
-    source.save_pretrained(path, max_shard_size="20KB")
-    (path / "tokenizer.json").write_text("{}")
-    assert len(list(path.glob("*.safetensors"))) > 2
-    import_checkpoint(directory(path), tmp_path / "out")
-    model = load_hf(tmp_path / "out" / "base")
-    assert torch.equal(model.embedding.weight, source.model.embed_tokens.weight)
-
-    missing = next(path.glob("model-00002*"))
-    missing.rename(tmp_path / "elsewhere")
-    with pytest.raises(ArtifactError, match=rf"{missing.name} is missing, but the index"):
-        import_checkpoint(directory(path), tmp_path / "again")
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"architectures": ["MambaForCausalLM"]}, "architecture 'MambaForCausalLM' is not known"),
-        ({"attention_bias": True}, "attention_bias=True is not supported"),
-        ({"mlp_bias": True}, "mlp_bias=True is not supported"),
-        ({"hidden_act": "gelu"}, "hidden_act='gelu' is not supported"),
-        ({"rope_parameters": {"rope_type": "yarn"}}, "rope_type 'yarn' is not supported"),
-        ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
-        ({"num_hidden_layers": 4}, r"lacks tensor model\.layers\.3\."),
-        ({"num_hidden_layers": 2}, r"holds tensor model\.layers\.2\."),
-        ({"intermediate_size": 57}, r"mlp\.down_proj\.weight has shape \[32, 56\].*\[32, 57\]"),
-        ({"tie_word_embeddings": False}, r"lacks tensor lm_head\.weight"),
-        ({"num_key_value_heads": 3}, r"heads \(4\) must be a multiple"),
-    ],
-)
-def test_what_this_model_has_not_is_refused_by_name(tmp_path, checkpoint, changes, message):
-    edit_config(checkpoint, **changes)
-    with pytest.raises(ArtifactError, match=message):
-        import_checkpoint(directory(checkpoint), tmp_path / "out")
-
-
-def test_missing_parts_of_a_directory_are_named(tmp_path, checkpoint):
-    weights, config = checkpoint / "model.safetensors", checkpoint / "config.json"
-    (checkpoint / "tokenizer.json").unlink()
-    with pytest.raises(ArtifactError, match=r"has no tokenizer\.json"):
-        import_checkpoint(directory(checkpoint), tmp_path / "a")
-    weights.rename(checkpoint / "pytorch_model.bin")
-    with pytest.raises(ArtifactError, match=r"pickled weights \(\.bin\) are not read"):
-        import_checkpoint(directory(checkpoint), tmp_path / "b")
-    stripped = json.loads(config.read_text())
-    del stripped["hidden_size"]
-    config.write_text(json.dumps(stripped))
-    with pytest.raises(ArtifactError, match=r"config\.json lacks 'hidden_size'"):
-        import_checkpoint(directory(checkpoint), tmp_path / "c")
-    config.write_text("{")
-    with pytest.raises(ArtifactError, match=r"config\.json is not JSON"):
-        import_checkpoint(directory(checkpoint), tmp_path / "d")
-    with pytest.raises(ArtifactError, match="is no directory"):
-        import_checkpoint(directory(tmp_path / "nowhere"), tmp_path / "e")
-
-
-def test_a_checkpoint_cut_in_half_is_named(tmp_path, checkpoint):
-    weights = checkpoint / "model.safetensors"
-    weights.write_bytes(weights.read_bytes()[: weights.stat().st_size // 2])
-    with pytest.raises(ArtifactError, match=r"model\.safetensors cannot be read"):
-        import_checkpoint(directory(checkpoint), tmp_path / "out")
-
-
-def test_an_index_cannot_point_outside_its_directory(tmp_path, checkpoint):
-    index = {"weight_map": {"model.norm.weight": "../elsewhere.safetensors"}}
-    (checkpoint / "model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(ArtifactError, match="points outside its directory"):
-        import_checkpoint(directory(checkpoint), tmp_path / "out")
-
-
-def test_a_tied_head_stored_twice_must_be_the_same(tmp_path, checkpoint, source):
-    from safetensors.torch import load_file, save_file
-
-    path = checkpoint / "model.safetensors"
-    weights = load_file(path)
-    head = weights["model.embed_tokens.weight"].clone()
-    save_file(weights | {"lm_head.weight": head}, path, metadata={"format": "pt"})
-    import_checkpoint(directory(checkpoint), tmp_path / "out")
-    save_file(weights | {"lm_head.weight": head + 1}, path, metadata={"format": "pt"})
-    with pytest.raises(ArtifactError, match=r"lm_head\.weight differs"):
-        import_checkpoint(directory(checkpoint), tmp_path / "again")
