@@ -14,6 +14,7 @@ from abf.data.config import Source, Tokenizer
 from abf.decode.config import Extent, Strategy
 from abf.diffusion.config import Corruption
 from abf.eval.config import Task
+from abf.model.config import FamilyName
 from abf.segment.config import Segmenter
 
 ROOT = Path(__file__).parents[1]
@@ -46,6 +47,11 @@ def test_every_kind_is_a_file_and_every_file_a_kind(folder: str, union: object) 
 def test_every_task_kind_is_a_file() -> None:
     files = {path.stem for path in (ROOT / "abf" / "eval").glob("*.py")}
     assert kinds(Task) <= files
+
+
+def test_every_family_of_checkpoints_is_a_file() -> None:
+    files = {path.stem for path in (ROOT / "abf" / "model" / "families").glob("*.py")}
+    assert files - {"__init__", "base"} == set(typing.get_args(FamilyName))
 
 
 def test_unions_are_told_apart_by_kind() -> None:

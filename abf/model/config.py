@@ -141,7 +141,8 @@ class PackageCheckpoint(ConfigModel):
 
 
 class DirectoryCheckpoint(ConfigModel):
-    """A Hugging Face model directory on disk (safetensors and tokenizer.json)."""
+    """A Hugging Face model directory on disk (safetensors and tokenizer.json): a Llama, SmolLM,
+    Mistral, Qwen2, Qwen2.5, Qwen3 or GPT-2."""
 
     kind: Literal["directory"] = "directory"
     path: str

@@ -100,7 +100,7 @@ def test_conversion_is_an_identity_in_every_family(tmp_path, variant, capsys):
     assert first.endswith(f"; {len(names)} tensors mapped, {size} parameters")
     patterns = {re.sub(r"\.\d+\.", ".*.", name) for name in names}
     assert {line.split(" -> ")[0].strip() for line in groups} == patterns
-    assert new.startswith(f"  new: mask_embedding [32], length_head.weight [{PACK.max_block}")
+    assert new.startswith("  new: mask_embedding [32], length_head.weight [")
 
 
 def test_the_fused_matrix_is_told_from_the_others(tmp_path, capsys):

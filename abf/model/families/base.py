@@ -42,7 +42,7 @@ class Family:
     only: dict[str, Any] = field(default_factory=dict)
     """Keys of which the transformer computes one value alone."""
     switched_off: dict[str, Any] = field(default_factory=dict)
-    """Keys and values that an export needs to say that it has no sliding window."""
+    """Keys and values without which an export would have a sliding window."""
     window: Callable[[Mapping[str, Any]], int | None] = lambda found: None
     """Positions that some layer's sliding window spans; None without one."""
     transposed: bool = False

@@ -37,6 +37,5 @@ FAMILY = replace(
         "max_window_layers": 28,
     },
     fixed={"qkv_bias": True},
-    switched_off={"use_sliding_window": False},
     window=window,
 )
