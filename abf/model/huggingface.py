@@ -109,7 +109,8 @@ def describe(directory: Path, model: Transformer) -> Iterator[str]:
         groups.setdefault(one.module, []).append(one)
     for module, members in groups.items():
         ours = [re.sub(r"^layers\.\d+", "layers.*", name) for name in members[0].ours]
-        how = ", transposed" if members[0].transposed else ""
+        turned = members[0].transposed and state[members[0].ours[0]].dim() == 2
+        how = ", transposed" if turned else ""
         yield f"  {module} -> {', '.join(ours)} ({len(members)}{how})"
     if dropped:
         yield f"  dropped, no weights of their own: {', '.join(sorted(dropped))}"

@@ -111,6 +111,7 @@ def test_the_fused_matrix_is_told_from_the_others(tmp_path, capsys):
     assert "context 48 (n_positions); 40 tensors mapped" in said
     ours = ", ".join(f"layers.*.attention.{part}.weight" for part in "qkv")
     assert f"  transformer.h.*.attn.c_attn.weight -> {ours} (3, transposed)\n" in said
+    assert "  transformer.h.*.ln_1.weight -> layers.*.attention_norm.weight (3)\n" in said
     assert "  transformer.wpe.weight -> position_embedding.weight (1)\n" in said
 
 

@@ -217,9 +217,7 @@ def test_gpt2_is_the_same_to_the_last_digits_in_float64(tmp_path):
 def test_old_gpt2_checkpoints_of_the_bare_model_with_their_masks(tmp_path):
     _, model = imported(tmp_path, "gpt2", GPT2)
     path = tmp_path / "model.safetensors"
-    weights = {
-        name.removeprefix("transformer."): tensor for name, tensor in load_file(path).items()
-    }
+    weights = {name.removeprefix("transformer."): w for name, w in load_file(path).items()}
     for number in range(3):
         weights[f"h.{number}.attn.bias"] = torch.ones(1, 1, 48, 48).tril()
         weights[f"h.{number}.attn.masked_bias"] = torch.tensor(-1e4)
