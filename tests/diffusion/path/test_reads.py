@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,8 @@ from abf.diffusion.corrupt.path import PathNoised
 from abf.diffusion.layout import block_starts, positions, two_stream
 from abf.diffusion.loss import block_charges, count_terms, scatter
 from abf.model.config import ModelConfig
-from abf.model.store import with_edit_heads
+from abf.model.huggingface import save_hf
+from abf.model.store import load_weights, with_edit_heads
 from abf.model.transformer import EDITS, Transformer
 from tests.diffusion.path.package import start_nats
 from tests.diffusion.path.toy import (
@@ -262,3 +264,14 @@ def test_heads_are_added_once_and_leave_the_model_as_it_was() -> None:
         assert torch.equal(grown.state_dict()[name], value)
     ids = torch.randint(0, V + 1, (2, 7), generator=torch.Generator().manual_seed(0))
     assert torch.equal(plain.embed(ids), grown.embed(ids))
+
+
+def test_the_ar_view_of_an_editing_model_is_that_of_its_source(tmp_path: Path) -> None:
+    plain = tiny_model(dtype=torch.float32)
+    save_hf(plain, tmp_path / "plain")
+    save_hf(with_edit_heads(plain), tmp_path / "grown")
+    one, other = (
+        load_weights(tmp_path / name / "model.safetensors") for name in ("plain", "grown")
+    )
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
