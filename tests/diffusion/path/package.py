@@ -10,7 +10,7 @@ import torch
 
 from abf.diffusion.path.align import Alignment, one_alignment, posterior
 from abf.diffusion.path.bound import Rates, path_nats
-from abf.diffusion.path.law import PathLaw
+from abf.diffusion.path.law import ABSENT, MASKED, PathLaw
 from tests.diffusion.path.toy import Array, Model, Text, World, nodes, strip
 
 
@@ -37,7 +37,31 @@ class States:
 
 
 def states(world: World, y: Text, times: Array) -> States:
-    rows = [(tau, z, p) for tau in times for z, p in world.columns(y, float(tau))]
+    """All states at these times."""
+    rows = [(float(tau), z, p) for tau in times for z, p in world.columns(y, float(tau))]
+    return as_states(world, y, rows)
+
+
+def drawn(world: World, y: Text, count: int, seed: int) -> States:
+    """States that the package draws; their weighted sum has the integral as its expectation."""
+    rng = np.random.default_rng(seed)
+    v = rng.random((count, 1))
+    tau = -2 * np.log(v)
+    clean = np.broadcast_to(np.array(y, dtype=np.int64), (count, len(y)))
+    held, token = law_of(world).draw(tau, clean, rng.random(clean.shape), rng.random(clean.shape))
+    values = np.where(held == MASKED, world.mask, token)
+    columns = [
+        tuple(None if h == ABSENT else int(t) for h, t in zip(*pair, strict=True))
+        for pair in zip(held.tolist(), values.tolist(), strict=True)
+    ]
+    rows = zip(tau[:, 0].tolist(), columns, (2 / v[:, 0] / count).tolist(), strict=True)
+    return as_states(world, y, list(rows))
+
+
+def as_states(
+    world: World, y: Text, rows: list[tuple[float, tuple[int | None, ...], float]]
+) -> States:
+    """Times, contents of the columns, and weights as a batch."""
     texts = [strip(z) for _, z, _ in rows]
     m, n = max(len(y), 1), max(len(y), 1)  # a batch has at least one column of padding
     text = torch.zeros(len(rows), m, dtype=torch.int64)

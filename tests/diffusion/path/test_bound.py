@@ -17,6 +17,7 @@ from abf.diffusion.path.law import Statuses
 from tests.diffusion.path.package import (
     best_starts,
     bounds,
+    drawn,
     integrand,
     law_of,
     rates,
@@ -110,6 +111,31 @@ def test_the_table_of_the_toy(
     assert found["aligned"] == pytest.approx(math.log(3), abs=1e-6)
     assert found["known"] == pytest.approx(known, abs=6e-5)
     assert found["unpooled"] == pytest.approx(unpooled, abs=6e-5)
+
+
+@pytest.mark.parametrize("data", [NESTED, TURNED])
+def test_the_table_from_states_that_the_package_draws(data: dict[Text, float]) -> None:
+    """Each number, and, on the same draws and so more sharply, what lies between them."""
+    world, count = World(2, 2, late=0.2, wrong=0.0), 4000
+    model, starts, exact = optimal_model(world, data), best_starts(world, data), mean(world, data)
+    found: dict[str, list[torch.Tensor]] = {name: [] for name in exact}
+    for seed, y in enumerate(data):
+        at = drawn(world, y, count, seed)
+        said, start = rates(world, model, at), start_nats(world, starts, y)
+        for name in exact:
+            alignment = at.expected if name == "aligned" else at.known
+            nats = integrand(world, said, at, alignment, pooled=name != "unpooled")
+            found[name].append(start + nats * at.weight * count)
+    each = {name: torch.cat(values) for name, values in found.items()}
+    for name in exact:
+        assert_mean(each[name], exact[name])
+        assert_mean(each["unpooled"] - each[name], exact["unpooled"] - exact[name])
+
+
+def assert_mean(values: torch.Tensor, wanted: float) -> None:
+    error = float(values.std()) / math.sqrt(len(values))
+    assert error < 0.05
+    assert float(values.mean()) == pytest.approx(wanted, abs=4.5 * error + 1e-12)
 
 
 def test_the_best_model_has_the_datas_law_and_wrong_fills_leave_a_small_gap() -> None:
