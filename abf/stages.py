@@ -33,7 +33,7 @@ STAGES: dict[str, Stage] = {
         Stage("segment", 2, ("segments",)),
         Stage("pack", 1, ("packed",)),
         Stage("base", 2, ("base",)),
-        Stage("convert", 1, ("init",)),
+        Stage("convert", 2, ("init",)),
         Stage("train", 1, ("model", "metrics.parquet")),
         Stage("decode", 2, ("samples.parquet", "trace.arrows")),
         Stage("score", 2, ("scores.parquet", "documents.parquet")),

@@ -85,7 +85,7 @@ class HeldOut:
 class Likelihood:
     """See the module."""
 
-    version = 2
+    version = 3
 
     def __init__(self, cfg: LikelihoodTask) -> None:
         self.cfg = cfg
