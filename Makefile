@@ -95,7 +95,7 @@ slurm-box-down: $(VENV)/dev.stamp  ## end it and delete its state
 
 reliability: $(VENV)/dev.stamp  ## faults on a Slurm in a box, to docs/reliability.md
 	@rows=$$(mktemp) && ABF_RELIABILITY=$$rows pytest -n 2 --dist worksteal tests/slurm/test_faults.py tests/slurm/test_launch.py \
-	tests/slurm/test_profile_run.py && python -m tests.slurm.reliability $$rows; rm -f $$rows
+	tests/slurm/test_endings.py tests/slurm/test_profile_run.py && python -m tests.slurm.reliability $$rows; rm -f $$rows
 
 clean:  ## caches and logs; results/ is never touched
 	rm -rf .snakemake logs build .pytest_cache .ruff_cache .hypothesis *.egg-info

@@ -76,11 +76,40 @@ class DriveState(TypedDict):
     state: str
 
 
+class Look(TypedDict):
+    """`.driver/jobs.json`."""
+
+    jobs: dict[str, dict[str, Any]]
+    trouble: str
+
+
+class Reserved(TypedDict):
+    """What `.driver/budget/reserved.json` holds of a place."""
+
+    node_hours: float
+    name: str
+    job_id: str | None
+    at: float
+
+
+class Sums(TypedDict):
+    """`.driver/budget/used.json`."""
+
+    at: float
+    who: str
+    spent_node_hours: float
+    committed_node_hours: float
+    by_comment: dict[str, list[float]]
+
+
 KINDS: dict[str, Any] = {
     MANIFEST: Manifest,
     CONFIG: Config,
     "places.json": dict[Place, Listed],
     "drive.json": DriveState,
+    "jobs.json": Look,
+    "reserved.json": dict[Place, Reserved],
+    "used.json": Sums,
 }
 
 

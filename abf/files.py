@@ -11,7 +11,7 @@ import os
 import re
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -83,6 +83,20 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n")
 
 
+def read_own(path: Path) -> dict[str, Any]:
+    """JSON object of a file of our own that is there.
+
+    Raises:
+        ArtifactError: it is damaged; names it and the fault.
+    """
+    try:
+        return parse_document(path, path.read_bytes())
+    except ValueError as error:
+        raise ArtifactError(
+            f"{path} is damaged ({error}): delete it and run the same command again"
+        ) from None
+
+
 def read_if_json(path: Path) -> dict[str, Any] | None:
     """JSON of a file; none when it is missing or not what is written under its name."""
     try:
@@ -98,8 +112,15 @@ def sha256(path: Path) -> str:
 
 
 @contextlib.contextmanager
-def lock(directory: Path, what: str) -> Iterator[None]:
+def lock(
+    directory: Path, what: str, *, wait: Callable[[str], None] | None = None
+) -> Iterator[None]:
     """Hold `directory`/.lock; the kernel releases it when the process dies, however it dies.
+
+    Args:
+        directory: what is held.
+        what: name of the holder, for others.
+        wait: is told who holds it, and the lock is waited for; none: it is refused.
 
     Raises:
         LockError: another process holds it; names host, process and since when.
@@ -115,9 +136,12 @@ def lock(directory: Path, what: str) -> Iterator[None]:
                 raise
             handle.seek(0)
             holder = handle.read().strip() or "a process that has not written its name yet"
-            raise LockError(
-                f"{directory} is in use by {holder}; wait for it or end it, then run again"
-            ) from None
+            if wait is None:
+                raise LockError(
+                    f"{directory} is in use by {holder}; wait for it or end it, then run again"
+                ) from None
+            wait(holder)
+            fcntl.flock(handle, fcntl.LOCK_EX)
         handle.truncate(0)
         since = time.strftime("%Y-%m-%d %H:%M:%S %z")
         handle.write(f"{what}, process {os.getpid()} on {socket.gethostname()} since {since}")

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import submitit
+from pydantic import ValidationError
 from submitit.core.utils import FailedJobError
 
 from abf.cluster import slurm
@@ -25,7 +26,7 @@ from abf.cluster.config import LaunchConfig, SiteConfig
 from abf.cluster.jobs import job_record, launch_comment, tag, write_job_record
 from abf.cluster.poll import UNKNOWN, JobState, Watch
 from abf.commands import Job, run_stage
-from abf.errors import ClusterError
+from abf.errors import ArtifactError, ClusterError
 from abf.files import atomic_path, lock
 from abf.instance import LAUNCH
 from abf.ledger.budget import job_node_hours
@@ -62,7 +63,12 @@ def launch(name: str, path: Path) -> None:
     if not (job.directory / LAUNCH).exists():
         run_stage(name, path)
         return
-    with lock(job.directory / JOB, f"abf {name} --submit"):
+
+    def beside(holder: str) -> None:
+        # Of a driver that was killed alone: its waiting rules live on, and do their work.
+        print(f"{job.directory} is waited for by {holder}; after it", file=sys.stderr, flush=True)
+
+    with lock(job.directory / JOB, f"abf {name} --submit", wait=beside):
         Launch(name, job, load_site()).finish()
 
 
@@ -72,7 +78,15 @@ class Launch:
     def __init__(self, name: str, job: Job, site: SiteConfig) -> None:
         self.name, self.job, self.site = name, job, site
         self.directory, self.place = job.directory, f"{name}/{job.document['key']}"
-        self.plan = LaunchConfig.model_validate_json((job.directory / LAUNCH).read_bytes())
+        path = job.directory / LAUNCH
+        try:
+            self.plan = LaunchConfig.model_validate_json(path.read_bytes())
+        except ValidationError as error:
+            fault = error.errors()[0]
+            where = ".".join(str(key) for key in fault["loc"])
+            raise ArtifactError(
+                f"{path} is damaged ({where}: {fault['msg']}): delete it, and `abf plan` writes it"
+            ) from None
         self.watch = Watch(job.results / ".driver", interval=site.poll_seconds)
         self._told = ""
 

@@ -6,7 +6,6 @@ Nothing is written. A place is `{stage}/{key}`, a directory relative to the resu
 from __future__ import annotations
 
 import difflib
-import json
 import os
 import shlex
 import time
@@ -15,6 +14,7 @@ from pathlib import Path
 
 from abf.cluster.jobs import job_record
 from abf.errors import ConfigError
+from abf.files import read_own
 from abf.seeing.at_work import job_said
 from abf.seeing.differences import Differences, finished_places
 from abf.seeing.planned import Planned, read_document, read_planned, slug
@@ -197,7 +197,7 @@ class Why:
     def _when(self, place: str) -> str:
         path = manifest_path(self.results / place)
         assert path is not None, place
-        made = json.loads(path.read_bytes())
+        made = read_own(path)
         return time.strftime("%Y-%m-%d %H:%M", time.localtime(made["started"] + made["seconds"]))
 
     # --- targets ---------------------------------------------------------------------------

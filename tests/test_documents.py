@@ -17,7 +17,8 @@ from abf.cli import main
 from abf.cluster.jobs import job_record
 from abf.documents import parse_document
 from abf.errors import ArtifactError
-from abf.files import read_if_json, write_json
+from abf.files import read_if_json, read_own, write_json
+from abf.ledger.slurm import kept_records
 from tests.keeping.made import TRAIN, make
 
 MANIFEST = {
@@ -136,6 +137,22 @@ def test_a_damaged_record_of_a_job_is_no_missing_one(tmp_path: Path, raw: bytes)
     (tmp_path / "job.json").write_bytes(raw)
     with pytest.raises(ArtifactError, match="see with `squeue --me`"):
         job_record(tmp_path)
+
+
+@pytest.mark.parametrize("raw", [b"{\n", b"[]\n", b'{"job_id": "7"}\n'])
+def test_a_damaged_line_of_the_schedulers_records_is_named(tmp_path: Path, raw: bytes) -> None:
+    (tmp_path / ".driver").mkdir()
+    (tmp_path / ".driver" / "records.jsonl").write_bytes(raw)
+    with pytest.raises(ArtifactError, match=r"records.jsonl:1 is no record of a job"):
+        kept_records(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["reserved.json", "used.json", "manifest.json"])
+@pytest.mark.parametrize("raw", [b"{", b"[]", b'{"train/x": 3, "at": "x"}'])
+def test_what_is_there_and_damaged_is_named(tmp_path: Path, name: str, raw: bytes) -> None:
+    (tmp_path / name).write_bytes(raw)
+    with pytest.raises(ArtifactError, match=f"{name} is damaged .* delete it"):
+        read_own(tmp_path / name)
 
 
 @pytest.mark.parametrize("closed", ["| :", "| head -1 >/dev/null", ">&-"])

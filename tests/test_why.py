@@ -112,9 +112,9 @@ def test_a_stage_version_is_the_root_cause_of_what_follows(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(STAGES, "convert", replace(STAGES["convert"], version=7))
-    assert explain("convert").endswith("will run\n  version of stage convert: 1 -> 7")
+    assert explain("convert").endswith("will run\n  version of stage convert: 2 -> 7")
     score = explain(place("score", "fixed")).splitlines()
-    assert score[1:] == [f"  because of {place('convert')}: version of stage convert: 1 -> 7"]
+    assert score[1:] == [f"  because of {place('convert')}: version of stage convert: 2 -> 7"]
     assert "will not run" in explain("pack")
 
 

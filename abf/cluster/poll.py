@@ -8,7 +8,6 @@ asked only for a watched job that the queue no longer lists.
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -16,7 +15,7 @@ from pathlib import Path
 
 from abf.cluster import slurm
 from abf.errors import ClusterError, LockError
-from abf.files import lock, write_json
+from abf.files import lock, read_if_json, write_json
 
 UNKNOWN = "UNKNOWN"
 """Neither the queue nor the records know the id."""
@@ -107,10 +106,8 @@ class Watch:
             return float("inf")
 
     def _read(self) -> dict:
-        try:
-            return json.loads(self._file.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            return {"jobs": {}, "trouble": ""}
+        # Damaged is as good as missing: the next look writes it anew.
+        return read_if_json(self._file) or {"jobs": {}, "trouble": ""}
 
     def _look(self) -> None:
         before = self._read()["jobs"]

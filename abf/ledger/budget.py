@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, date, datetime
 from pathlib import Path
 from typing import Any
@@ -153,6 +153,7 @@ def measure(results: Path, site: SiteConfig) -> tuple[Used, list[Attempt]]:
         attempts = list(history(since=int(begin), account=site.account, everybody=True))
         ours = Known(results)
         mine = list((kept_records(results) | {a.key: a for a in attempts if a in ours}).values())
+    mine = with_comments(mine)
     waiting = any(a.start is None and a.end is None for a in attempts)
     whole = _whole_nodes(site.account) if waiting else {}
     full = site.node.billing
@@ -168,6 +169,18 @@ def measure(results: Path, site: SiteConfig) -> tuple[Used, list[Attempt]]:
         by_comment=use_by_comment(mine, site, whole_nodes=whole),
     )
     return used, attempts
+
+
+def with_comments(attempts: Sequence[Attempt]) -> list[Attempt]:
+    """Attempts with what the controller was told of those that have not ended: its database hears
+    of a job's comment only when the job ends.
+
+    Raises:
+        ClusterError: the queue does not answer.
+    """
+    bare = {a.job_id for a in attempts if not a.comment and a.end is None}
+    said = {job.job_id: job.comment for job in slurm.queue()} if bare else {}
+    return [a if a.comment else replace(a, comment=said.get(a.job_id, "")) for a in attempts]
 
 
 def use_by_comment(

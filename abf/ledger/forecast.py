@@ -197,10 +197,10 @@ def training_parameters(shape: dict[str, int], *, vocabulary: int, longest_block
     Args:
         shape: d_model, layers, heads, kv_heads, d_ff (`abf.model.config.ShapeConfig`).
         vocabulary: V.
-        longest_block: S, outputs of the length head.
+        longest_block: S; the length head has an output for 0 to S slots.
     """
     width, head = shape["d_model"], shape["d_model"] // shape["heads"]
     attention = 2 * width * width + 2 * width * head * shape["kv_heads"]
     layer = attention + 3 * width * shape["d_ff"] + 2 * width
-    outside = vocabulary * width + width + width + (width + 1) * longest_block
+    outside = vocabulary * width + width + width + (width + 1) * (1 + longest_block)
     return shape["layers"] * layer + outside

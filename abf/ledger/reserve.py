@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import json
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,7 +21,7 @@ from abf.cluster import slurm
 from abf.cluster.config import SiteConfig
 from abf.cluster.history import Attempt
 from abf.errors import ClusterError
-from abf.files import write_json
+from abf.files import read_own, write_json
 from abf.ledger.budget import Used, check_dates, limits, measure, whose
 
 FOLDER = Path(".driver", "budget")
@@ -156,4 +155,4 @@ def _current(folder: Path, results: Path, site: SiteConfig) -> Used:
 
 
 def _read(path: Path, default: Any) -> Any:
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else default
+    return read_own(path) if path.exists() else default

@@ -18,7 +18,7 @@ from abf.cluster.config import NodeConfig
 from abf.cluster.history import Attempt, history
 from abf.cluster.jobs import Known, by_comment, by_id, job_record
 from abf.cluster.limits import LIMITS
-from abf.errors import ClusterError
+from abf.errors import ArtifactError, ClusterError
 from abf.files import atomic_path
 from abf.ledger.build import ledger_rows, with_scheduled
 from abf.track.attempts import read_attempts
@@ -109,9 +109,17 @@ def kept_records(results: Path) -> Records:
     path = results / RECORDS
     if not path.exists():
         return {}
-    with open(path, encoding="utf-8") as handle:
-        attempts = [Attempt(**json.loads(line)) for line in handle]
-    return {attempt.key: attempt for attempt in attempts}
+    found: Records = {}
+    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
+        try:
+            attempt = Attempt(**json.loads(line))
+        except (ValueError, TypeError) as error:
+            raise ArtifactError(
+                f"{path}:{number} is no record of a job ({error}): delete the line; what the "
+                "scheduler still knows is asked again"
+            ) from None
+        found[attempt.key] = attempt
+    return found
 
 
 def store_records(results: Path, records: Records) -> None:
@@ -161,7 +169,8 @@ def slurm_rows(
         numbers[attempt.job_id] = numbers.get(attempt.job_id, 0) + 1
         if place not in measured:
             measured[place] = _measured(results / place)
-        joules, source = _energy(attempt, measured[place].get(attempt.job_id, []))
+        told = measured[place].get(attempt.job_id, [])
+        joules, source = _energy(attempt, told)
         stage, _, key = place.partition("/")
         hours = attempt.elapsed_s / 3600
         rows.append(
@@ -173,7 +182,7 @@ def slurm_rows(
                 "rule": stage,
                 "run": key,
                 "state": attempt.state,
-                "reason": attempt.reason,
+                "reason": attempt.reason or _own_reason(results / place, attempt, told),
                 "nodes": attempt.nodes,
                 "gpus": attempt.gpus,
                 "elapsed_s": float(attempt.elapsed_s),
@@ -194,6 +203,16 @@ def _measured(directory: Path) -> dict[str, list[dict[str, Any]]]:
         if record["state"] != "RUNNING":
             found.setdefault(record["job_id"], []).append(record)
     return found
+
+
+def _own_reason(directory: Path, attempt: Attempt, records: Sequence[Mapping[str, Any]]) -> str:
+    """Why an attempt ended badly, where the scheduler gives no reason: as our side knows it."""
+    if attempt.end is None or attempt.state == "COMPLETED":
+        return ""
+    job = job_record(directory)
+    if job.get("job_id") == attempt.job_id and job.get("why"):
+        return job["why"]
+    return next((r["reason"] for r in reversed(records) if r["reason"]), "")
 
 
 def _energy(attempt: Attempt, records: Sequence[Mapping[str, Any]]) -> tuple[float | None, str]:

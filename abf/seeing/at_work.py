@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -41,7 +40,7 @@ def live_jobs(results: Path, trouble: list[str]) -> list[slurm.QueuedJob]:
     if age >= FRESH_SECONDS:
         return []
     trouble.append(f"job states are {age:.0f} s old, from {path}")
-    known = json.loads(path.read_bytes())["jobs"].items()
+    known = (read_if_json(path) or {"jobs": {}})["jobs"].items()
     states = [(job_id, s) for job_id, s in known if s["state"] in slurm.WAITING | slurm.ACTIVE]
     return [
         slurm.QueuedJob(job_id, s["state"], s["reason"], "", "", "", s["time_left"])

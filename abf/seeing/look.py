@@ -8,7 +8,6 @@ and node-hours for the scheduler's; times are Unix seconds. Reads files and asks
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +15,7 @@ from typing import Any
 
 from abf.cluster import slurm
 from abf.cluster.jobs import RECORD, job_record
-from abf.files import lock_holder, sha256
+from abf.files import lock_holder, read_own, sha256
 from abf.seeing.at_work import (
     QueueEntry,
     driver_line,
@@ -155,7 +154,7 @@ def state_of(
 
 
 def _done_or_outdated(directory: Path, path: Path, place: str) -> str:
-    manifest = json.loads(path.read_bytes())
+    manifest = read_own(path)
     config = directory / CONFIG
     current = manifest["stage_version"] == STAGES[place.partition("/")[0]].version and (
         manifest["config"] is None or (config.exists() and manifest["config"] == sha256(config))

@@ -8,7 +8,6 @@ is declared and not repeated (`abf.stage.is_finished`).
 
 from __future__ import annotations
 
-import json
 from collections import deque
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from abf.artifacts import damage
-from abf.files import sha256
+from abf.files import read_own, sha256
 from abf.instance import outside_files
 from abf.seeing.differences import changed_inputs, changed_keys
 from abf.seeing.planned import Document, Planned, inputs_of
@@ -59,7 +58,7 @@ class Rerun:
             faults: tuple[str, ...] = ()
             alike = False
             if path is not None and document is not None:
-                manifest = json.loads(path.read_bytes())
+                manifest = read_own(path)
                 faults = tuple(self._faults(directory, document, manifest, path))
                 alike = any(self._is_newer(p, e, path) for p, e in _read_inputs(document, manifest))
             declared = (directory / MANIFEST).exists()
@@ -89,7 +88,7 @@ class Rerun:
             path = manifest_path(self.results / place)
             self._inputs[place] = None
             if path is not None:
-                content = content_hash(json.loads(path.read_bytes()))
+                content = content_hash(read_own(path))
                 self._inputs[place] = sha256(path), content, path.stat().st_mtime_ns
         return self._inputs[place]
 
@@ -171,7 +170,7 @@ class Rerun:
         """What is wrong with the payload that a manifest lists; None if nothing is."""
         directory = self.results / place
         path = manifest_path(directory)
-        return None if path is None else damage(directory, json.loads(path.read_bytes()))
+        return None if path is None else damage(directory, read_own(path))
 
 
 def manifest_path(directory: Path) -> Path | None:
@@ -200,7 +199,7 @@ def _config_faults(
         return
     for path in (directory / DONE / CONFIG, directory / CONFIG):
         if path.exists() and sha256(path) == manifest["config"]:
-            before = json.loads(path.read_bytes())
+            before = read_own(path)
             yield from changed_keys(before, document)
             yield from changed_inputs(before, document)
             return

@@ -7,6 +7,7 @@ heartbeat file is touched every few seconds, so that the length of a killed atte
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import socket
@@ -25,6 +26,9 @@ COMMON = {"attempt", "job_id", "host", "rule", "run", "cores", "gpus", "start", 
 FIELDS = {True: COMMON | {"pid", "pid_start"}, False: COMMON | {"reason", "end", "elapsed_s"}}
 """What a record must hold, by whether it opens an attempt."""
 HEARTBEAT = ".heartbeat"
+SPARE = ".spare"
+"""Holds the place of an attempt's closing record, which must say so when the disk is full."""
+SPARE_BYTES = 1 << 14
 HEARTBEAT_SECONDS = 5.0
 LONGEST = 500
 """Characters of a foreign error's text."""
@@ -71,6 +75,19 @@ def _append(directory: Path, record: Mapping[str, Any]) -> None:
         handle.write((json.dumps(record, sort_keys=True) + "\n").encode())
 
 
+def _close(directory: Path, record: Mapping[str, Any]) -> None:
+    """Write the closing record, on a full disk in the place that was kept for it."""
+    spare = directory / SPARE
+    try:
+        _append(directory, record)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        spare.unlink(missing_ok=True)
+        _append(directory, record)
+    spare.unlink(missing_ok=True)
+
+
 def job_id() -> str:
     """The scheduler's job id, or this process and its start time (unique on the machine)."""
     if slurm := os.environ.get("SLURM_JOB_ID"):
@@ -110,6 +127,7 @@ def attempt(directory: Path, *, rule: str, run: str, cores: int) -> Iterator[dic
         "gpus": 0,
         "start": start,
     }
+    (directory / SPARE).write_bytes(os.urandom(SPARE_BYTES))  # not zeros: a disk may leave them out
     _append(directory, record | {"state": "RUNNING", "last_heartbeat": last_heartbeat})
     heartbeat.touch()
     stop = threading.Event()
@@ -149,4 +167,4 @@ def attempt(directory: Path, *, rule: str, run: str, cores: int) -> Iterator[dic
             "elapsed_s": end - start,
             "core_seconds": times.user + times.system + times.children_user + times.children_system,
         }
-        _append(directory, record | closing | extra)
+        _close(directory, record | closing | extra)

@@ -58,7 +58,7 @@ def test_every_figure_follows_from_its_parts(
     assert len(keys) == len(set(keys))
     for row in rows:
         assert (row["run"], row["arm"], row["seed"], row["task_version"]) == (
-            "run-1", "fixed", 2, 3 if row["task"] == "likelihood" else 2
+            "run-1", "fixed", 2, 3 if row["task"] == "heldout" else 2
         )  # fmt: skip
         mine = [p for p in parts if all(p[n] == row[n] for n in ("task", "decoder", "metric"))]
         if row["interval"] == "none":

@@ -184,6 +184,25 @@ def test_a_studys_cap_binds_its_own_jobs(
             pass
 
 
+def test_a_cap_counts_a_running_job_whose_comment_the_database_does_not_know_yet(
+    plan: Callable[..., Plan], tmp_path: Path, records: Callable[..., None]
+):
+    """Slurm hands a job's comment to its database when the job ends."""
+    cells = plan(RUN + "budget: {cap_node_hours: 5}\n")
+    place, results = cells.cells[0].train.place, tmp_path / "results"
+    said = "abf " + place.replace("/", " ", 1)
+    fields = ["7", "RUNNING", "None", "n", said, "boost_usr_prod", "1:00"]
+    running = line(comment="", state="RUNNING", end="Unknown", limit=240)
+    free = SITE.model_copy(update={"allocation": None})
+    for site in (SITE, free):
+        records(running, queue=SEPARATOR.join(fields) + "\n")
+        with (
+            pytest.raises(BudgetError, match=r"1\.00 spent \+ 3\.00 committed"),
+            allow(1.5, place=place, job_name="t", results=results, site=site),
+        ):
+            pass
+
+
 ASK = """
 import sys, time
 from pathlib import Path

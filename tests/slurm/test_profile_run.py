@@ -111,6 +111,27 @@ def begun(box: Box, prepared: Study, tmp_path: Path) -> Iterator[Site]:
     found.end()
 
 
+def books_agree(site: Site) -> tuple[list[dict], dict[str, dict[str, str]]]:
+    """The ledger's rows of the scheduler's jobs, held against sacct, and what each was given."""
+    jobs = site.jobs()
+    (path,) = (site.folder / "results").glob("ledger/*/ledger.parquet")
+    ledger = [r for r in read_table(path, LEDGER).to_pylist() if r["node_hours"] is not None]
+    assert {r["job_id"] for r in ledger} == {row["JobIDRaw"] for row in jobs}
+    tres = {
+        row["JobIDRaw"]: dict(p.split("=") for p in row["AllocTRES"].split(",")) for row in jobs
+    }
+    seconds = {row["JobIDRaw"]: int(row["ElapsedRaw"]) for row in jobs}
+    for row in ledger:
+        job = row["job_id"]
+        assert row["elapsed_s"] == seconds[job]
+        billed = float(tres[job]["billing"]) / NodeConfig().billing
+        assert row["node_hours"] == pytest.approx(seconds[job] / 3600 * billed)
+        assert row["gpu_hours"] == pytest.approx(
+            seconds[job] / 3600 * int(tres[job].get("gres/gpu", 0))
+        )
+    return ledger, tres
+
+
 def spent(site: Site, results: Path) -> str:
     """What `abf status` counts; a results folder that is named from the root, from elsewhere."""
     there = site.folder.parent if results.is_absolute() else site.folder
@@ -133,26 +154,13 @@ def test_the_users_command_runs_the_study_and_the_books_are_the_schedulers(site:
     assert {"rule_prepare", "rule_tokenize", "rule_decode", "rule_score"} <= comments
     assert {row["State"] for row in jobs} == {"COMPLETED"}
 
-    (path,) = results.glob("ledger/*/ledger.parquet")
-    ledger = [r for r in read_table(path, LEDGER).to_pylist() if r["node_hours"] is not None]
-    assert {r["job_id"] for r in ledger} == {row["JobIDRaw"] for row in jobs}
-    tres = {
-        row["JobIDRaw"]: dict(p.split("=") for p in row["AllocTRES"].split(",")) for row in jobs
-    }
-    seconds = {row["JobIDRaw"]: int(row["ElapsedRaw"]) for row in jobs}
-    for row in ledger:
-        job = row["job_id"]
-        assert row["elapsed_s"] == seconds[job]
-        billed = float(tres[job]["billing"]) / NodeConfig().billing
-        assert row["node_hours"] == pytest.approx(seconds[job] / 3600 * billed)
-        assert row["gpu_hours"] == pytest.approx(
-            seconds[job] / 3600 * int(tres[job].get("gres/gpu", 0))
-        )
+    ledger, tres = books_agree(site)
     trained = next(row for row in ledger if row["rule"] == "train")
     assert (trained["nodes"], trained["gpus"]) == (2, 8)
     # A node that is measured is nobody else's.
     decoded = next(row for row in ledger if row["rule"] == "decode")
     assert tres[decoded["job_id"]]["cpu"] == "32"
+    (path,) = results.glob("ledger/*/ledger.parquet")
     local = [r for r in read_table(path, LEDGER).to_pylist() if r["node_hours"] is None]
     assert {r["rule"] for r in local} <= {"fetch", "ledger", "report", "mlflow"}
 
@@ -174,14 +182,21 @@ def test_the_users_command_runs_the_study_and_the_books_are_the_schedulers(site:
 def test_a_driver_killed_in_training_and_in_a_short_job_submits_nothing_twice(
     begun: Site, report: Report
 ) -> None:
-    def submitted(comment: str) -> Callable[[], bool]:
-        return lambda: any(row["Comment"].startswith(comment) for row in begun.jobs())
+    def live(comment: str) -> Callable[[], bool]:
+        # Not by sacct: the database hears of a comment when the job ends.
+        return lambda: (
+            f"{begun.folder}|{comment}"
+            in begun.box.run(
+                "squeue", "--noheader", "--states=PENDING,RUNNING", "--format=%Z|%k"
+            ).stdout
+        )
 
-    for comment in ("abf train", "rule_decode"):
+    # Alone, so that its waiting rules live on; then with everything that hangs on it.
+    for comment, kill in (("abf train", os.kill), ("rule_decode", os.killpg)):
         process = begun.start(*begun.snakemake())
-        wait_for(comment, submitted(comment), seconds=240, every=0.5)
-        os.killpg(process.pid, signal.SIGKILL)
-        process.communicate()
+        wait_for(comment, live(comment), seconds=240, every=0.2)
+        kill(process.pid, signal.SIGKILL)
+        process.wait()
     done = begun.call(*begun.snakemake())
     assert done.returncode == 0, done.stdout[-5000:]
     report("the driver killed in a training", "the job went on; the next driver attached", 0.0)
@@ -189,6 +204,8 @@ def test_a_driver_killed_in_training_and_in_a_short_job_submits_nothing_twice(
     comments = [row["Comment"] for row in begun.jobs()]
     assert len(comments) == len(set(comments)), comments
     read_manifest(begun.folder / "results" / begun.plan()["cells"][0]["score"])
+    (train,) = [row for row in books_agree(begun)[0] if row["rule"] == "train"]
+    assert train["state"] == "COMPLETED"
 
 
 def test_scratch_is_emptied_between_two_runs(begun: Site, report: Report) -> None:
