@@ -226,7 +226,7 @@ def test_a_full_file_system(
     output, _ = waiting.communicate(timeout=60)
     # Waiting takes a few bytes as well: who notices first is not said.
     assert waiting.returncode in (3, 8), output
-    assert "No space left on device" in output
+    assert "No space left on device" in output or "disk full while writing" in output
     wait_attempts(study.box, job, "FAILED")
     began = time.time()
     (prepared.box.small / "filler").unlink()

@@ -146,10 +146,12 @@ def test_two_waiters(study: Study) -> None:
     first = study.start(directory)
     wait_for("the lock", lambda: "abf train" in _lock_text(directory), seconds=30, every=0.05)
     second = study.run(directory)
-    assert second.returncode == 6
-    assert f"process {first.pid} on" in second.stdout
+    assert second.returncode == 0, second.stdout
+    assert f"waited for by abf train --submit, process {first.pid} on" in second.stdout
+    assert "submitted" not in second.stdout
     first.communicate(timeout=60)
     assert first.returncode == 0
+    assert len(attempts(study.box, str(job_id(directory)))) == 1
 
 
 def _lock_text(directory: Path) -> str:
