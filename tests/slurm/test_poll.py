@@ -15,7 +15,7 @@ from abf.cluster import slurm
 from abf.cluster.poll import UNKNOWN, JobState, Watch, look
 from abf.errors import ClusterError
 from tests.slurm.box import Box
-from tests.slurm.jobs import submit, wait_state
+from tests.slurm.jobs import submit, wait_attempts, wait_state
 
 WAITERS = 12
 WAIT = """
@@ -102,6 +102,7 @@ def test_an_answer_that_does_not_come_keeps_what_was_known(
 def test_the_records_speak_for_what_the_queue_forgot(box: Box) -> None:
     job = submit(box, "exit 3")
     wait_state(box, job, "FAILED")
+    wait_attempts(box, job, "FAILED")  # the database hears of it some seconds later
     records = slurm.records([job, "987654"])
     assert records.keys() == {job}
     assert (records[job].state, records[job].exit_code) == ("FAILED", "3:0")
