@@ -1,6 +1,7 @@
 """Rows as the model reads them: positions, blocks, the two streams, and where a token is read from.
 
-Letters: B batch rows, L row length, M noisy slots of a row, R predicted slots. A batch is a
+Letters: B batch rows, L row length, M noisy slots of a row, R predicted slots, K blocks, m slots of
+the longest block. A batch is a
 `PackedBatch`: token_ids, block_id and document_id, int64 [B, L]; the first token of a piece is its
 document token (context only), padding has document_id -1. In the two-stream layout rows 0..M-1 are
 noisy, M..M+L-1 clean; a noisy block may be longer or shorter than the clean one.
@@ -17,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from abf.data.loader import PackedBatch
-from abf.diffusion.corrupt.base import Noised, NoisyStream
+from abf.diffusion.corrupt.base import Blocks, Noised, NoisyStream
 
 
 def run_starts(ids: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -113,6 +114,44 @@ def mask_reads(batch: PackedBatch, noised: Noised, *, shift: bool) -> Reads:
     if shift:
         readout += np.where(block_starts(batch)[row, slot], L, 0) - 1
     return _reads(readout, batch.token_ids, row, slot)
+
+
+@dataclass
+class BlockReads:
+    """Rows to read of whole noisy blocks, in B*(M+L), and the blocks they belong to."""
+
+    token: Tensor
+    """[R] row that tells the token of a slot."""
+    own: Tensor
+    """[K*(m+1)] row of each slot and of the end; of the end where there is no slot."""
+    block: Tensor
+    """[R] block of each slot."""
+    slot: Tensor
+    """[R] its number in the block."""
+
+    ends: Tensor
+    """[K] row of each end."""
+
+    @property
+    def rows(self) -> Tensor:
+        """All rows, tokens first."""
+        return torch.cat((self.token, self.own))
+
+
+def block_reads(blocks: Blocks, *, noisy: int, L: int, shift: bool) -> BlockReads:
+    """Tokens are read from the state before their slot (`shift`; the first from the last clean
+    token before the block) or from their own, edits always from a slot's own state."""
+    base = torch.from_numpy(blocks.row) * (noisy + L)
+    slots, first = torch.from_numpy(blocks.slots), torch.from_numpy(blocks.first)
+    m = blocks.text.shape[1]
+    block, slot = torch.nonzero(torch.arange(m) < slots[:, None], as_tuple=True)
+    token = base[block] + first[block] + slot
+    if shift:
+        before = base[block] + noisy + torch.from_numpy(blocks.start)[block] - 1
+        token = torch.where(slot == 0, before, token - 1)
+    place = torch.minimum(torch.arange(m + 1), slots[:, None])
+    own = (base + first)[:, None] + place
+    return BlockReads(token, own.flatten(), block, slot, base + first + slots)
 
 
 def clean_ranges(batch: PackedBatch) -> Tensor:

@@ -4,7 +4,8 @@ Letters: B batch rows, L row length, R rows read, d width, V vocabulary, S longe
 are nats. Terms: `nelbo`, the bound on the text given the cuts (sum of S_b/K-weighted cross-entropy
 over masked slots, or the path's integrand); `ar`, next-token cross-entropy on the clean stream;
 `length`, -log p(S_b | the text before the block), on a path the cost of the number of masks at its
-start, which turns the bound into one on text *and* cuts. A term's count is what its sum is divided
+start, which turns the bound into one on text *and* cuts; `edit` and `complete`, what drafts teach,
+no likelihood. A term's count is what its sum is divided
 by: charged tokens (nelbo, ar) or charged blocks (length). The division takes
 global counts, over ranks and accumulation steps, so a gradient does not depend on how a batch was
 split (notes/training.md §3.3).
@@ -12,6 +13,7 @@ split (notes/training.md §3.3).
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -24,11 +26,13 @@ from torch import Tensor
 
 from abf.data.loader import PackedBatch
 from abf.diffusion.config import LossConfig
-from abf.diffusion.corrupt.base import Noised
+from abf.diffusion.corrupt.base import Blocks, Noised
 from abf.diffusion.corrupt.path import PathNoised
 from abf.diffusion.head import head_nll
 from abf.diffusion.layout import (
+    BlockReads,
     Reads,
+    block_reads,
     block_starts,
     clean_ranges,
     length_reads,
@@ -39,7 +43,8 @@ from abf.diffusion.layout import (
     two_stream,
 )
 from abf.diffusion.path.law import PathLaw
-from abf.diffusion.path.reads import path_charges, path_reads
+from abf.diffusion.path.reads import path_charges
+from abf.diffusion.policy.reads import DraftLabels, complete_charges, edit_charges, labels
 
 
 class Backbone(Protocol):
@@ -73,6 +78,8 @@ class Term:
     """Scalar, nats, differentiable."""
     count: int
     """Tokens or blocks charged in this micro-batch."""
+    watch: Tensor | None = None
+    """See `Charges`."""
 
 
 @dataclass
@@ -85,20 +92,29 @@ class Charges:
     """[R], weighted, without gradient."""
     slot: Tensor
     """[R] int64, flat index in B*L of the slot each belongs to (first slot of a block: length)."""
+    watch: Tensor | None = None
+    """Counts of how well a head does (`abf.diffusion.policy.watch`), if it is watched."""
 
 
 def term_weights(loss: LossConfig | None) -> dict[str, float]:
     """Weight of every term that is computed; None is the AR objective."""
     if loss is None:
         return {"ar": 1.0}
-    weights = {"nelbo": 1.0, "ar": loss.ar_weight, "length": loss.length_weight}
+    weights = {
+        "nelbo": 1.0,
+        "ar": loss.ar_weight,
+        "length": loss.length_weight,
+        "edit": loss.edit_weight,
+        "complete": loss.complete_weight,
+    }
     return {name: weight for name, weight in weights.items() if weight > 0}
 
 
 def count_terms(batch: PackedBatch, loss: LossConfig | None) -> dict[str, int]:
     """Count of every term, without a forward pass (to be summed over ranks and micro-batches)."""
     tokens = int(predicted(batch).sum())
-    counts = {"nelbo": tokens, "ar": tokens, "length": int(block_starts(batch).sum())}
+    blocks = int(block_starts(batch).sum())
+    counts = {"nelbo": tokens, "ar": tokens, "length": blocks, "edit": tokens, "complete": blocks}
     return {name: counts[name] for name in term_weights(loss)}
 
 
@@ -129,7 +145,7 @@ def loss_terms(
         charges = block_charges(
             model, batch, noised, loss=loss, backend=backend, terms=counts.keys()
         )
-    return {name: Term(charges[name].sum, counts[name]) for name in counts}
+    return {name: Term(charges[name].sum, counts[name], charges[name].watch) for name in counts}
 
 
 def combine(
@@ -180,12 +196,14 @@ def block_charges(
 
     def nelbo() -> _Reading:
         if isinstance(noised, PathNoised):
-            reads = path_reads(noised, L=L, shift=loss.shift)
-            slot = torch.from_numpy(noised.row * L + noised.start)
+            path, law = noised.path, noised.law
+            reads = block_reads(path, noisy=noisy, L=L, shift=loss.shift)
 
             def charge(states: Tensor) -> Charges:
-                nats = path_charges(model, states, reads, longest=model.max_block, aligned=aligned)
-                return Charges(nats.sum(), nats.detach(), slot)
+                nats = path_charges(
+                    model, states, reads, path, law=law, longest=model.max_block, aligned=aligned
+                )
+                return Charges(nats.sum(), nats.detach(), _first_slots(path, L))
 
             return _Reading(reads.rows, charge)
         reads = mask_reads(batch, noised, shift=loss.shift)
@@ -206,7 +224,33 @@ def block_charges(
     def ar() -> _Reading:
         return _tokens(model, next_token_reads(batch, noisy=noisy), None)
 
-    build = {"nelbo": nelbo, "ar": ar, "length": length}
+    @functools.cache
+    def drafts() -> tuple[Blocks, DraftLabels, BlockReads, float]:
+        assert isinstance(noised, PathNoised), "only beside a path are there drafts"
+        found = labels(noised.drafts, mask_id=model.mask_id)
+        reads = block_reads(noised.drafts, noisy=noisy, L=L, shift=loss.shift)
+        return noised.drafts, found, reads, noised.draft_share
+
+    def edit() -> _Reading:
+        blocks, found, reads, share = drafts()
+
+        def charge(states: Tensor) -> Charges:
+            total, nats, watch = edit_charges(model, states, reads, found)
+            return Charges(total / share, nats / share, _first_slots(blocks, L), watch)
+
+        return _Reading(reads.rows, charge)
+
+    def complete() -> _Reading:
+        blocks, found, reads, share = drafts()
+
+        def charge(states: Tensor) -> Charges:
+            nats, watch = complete_charges(model, states, found)
+            nats = nats / share
+            return Charges(nats.sum(), nats.detach(), _first_slots(blocks, L), watch)
+
+        return _Reading(reads.ends, charge)
+
+    build = {"nelbo": nelbo, "ar": ar, "length": length, "edit": edit, "complete": complete}
     readings = {name: build[name]() for name in terms}
     # A clean row may serve several terms; its state is computed once.
     rows, where = torch.unique(
@@ -219,6 +263,11 @@ def block_charges(
         name: reading.charge(states[at])
         for (name, reading), at in zip(readings.items(), parts, strict=True)
     }
+
+
+def _first_slots(blocks: Blocks, L: int) -> Tensor:
+    """[K] slots that block charges are booked at, in B*L."""
+    return torch.from_numpy(blocks.row * L + blocks.start)
 
 
 @dataclass

@@ -53,6 +53,20 @@ class BlockObjective(ConfigModel):
         """Whether the model needs the heads that edit."""
         return self.corruption.kind == "path"
 
+    def model_post_init(self, context: object) -> None:
+        drafts = self.corruption.kind == "path" and self.corruption.drafts is not None
+        weights = {name: getattr(self.loss, name) for name in ("edit_weight", "complete_weight")}
+        if drafts and not any(weights.values()):
+            raise ValueError(
+                "corruption.drafts teach nothing while loss.edit_weight and loss.complete_weight "
+                "are 0: give them weights, or leave drafts out"
+            )
+        if not drafts and any(weights.values()):
+            given = ", ".join(f"loss.{name}={value}" for name, value in weights.items() if value)
+            raise ValueError(
+                f"{given}, but there are no drafts: set corruption.drafts (kind: path)"
+            )
+
 
 Objective = Annotated[ArObjective | BlockObjective, Field(discriminator="kind")]
 

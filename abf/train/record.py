@@ -14,6 +14,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from abf.diffusion.policy.watch import summary
 from abf.track.journal import Journal
 from abf.track.progress import Progress
 from abf.train.step import StepResult
@@ -50,6 +51,7 @@ class Recorder:
             "masked": result.masked,
             "tokens": result.tokens,
             **{f"{name}.sum": value for name, value in result.sums.items()},
+            **result.watch,
         }
         self.window = {name: self.window.get(name, 0) + value for name, value in measured.items()}
         self._tokens += tokens
@@ -110,13 +112,13 @@ def averages(window: Mapping[str, float]) -> dict[str, float]:
     """Metrics of a window: loss and gradient norm a step, the terms in nats per charged token.
 
     `length` is divided by tokens too, not by blocks: nelbo + length is then the bound on text and
-    cuts together.
+    cuts together. Heads that are watched: recall, precision, calibration over the window.
     """
     tokens = max(window["tokens"], 1)
     values = {name: window[name] / window["steps"] for name in ("loss", "grad_norm")}
-    for name in ("nelbo", "ar", "length"):
+    for name in ("nelbo", "ar", "length", "edit", "complete"):
         if f"{name}.sum" in window:
             values[name] = window[f"{name}.sum"] / tokens
     if "nelbo.sum" in window:
         values["masked_share"] = window["masked"] / tokens
-    return values
+    return values | summary(window)

@@ -20,11 +20,15 @@ from abf.artifacts import PIECES, read_table
 from abf.data.loader import PackedBatch, PackedRows, row_indices
 from abf.diffusion.corrupt.base import build_corruption
 from abf.diffusion.loss import combine, count_terms, loss_terms, term_weights
+from abf.diffusion.policy.watch import COMPLETE_COUNTS, EDIT_COUNTS
 from abf.errors import ArtifactError, ConfigError, DivergenceError
 from abf.model.transformer import Transformer
 from abf.train.config import TrainConfig
 from abf.train.optim import Optimiser, learning_rate
 from abf.train.parallel import World
+
+WATCHED = {"edit": EDIT_COUNTS, "complete": COMPLETE_COUNTS}
+"""What the terms that watch heads count."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +45,8 @@ class StepResult:
     """Tokens the likelihood charges for."""
     masked: int
     """Masked ones of them; 0 for the AR objective."""
+    watch: dict[str, float]
+    """Counts of how well the edit heads do (`abf.diffusion.policy.watch`); empty without them."""
     grad_norm: float
     """Global norm before clipping."""
     lr: float
@@ -76,6 +82,7 @@ class Trainer:
         _check_fit(self.rows, model, packed)
         self.loss = cfg.objective.loss if cfg.objective.kind == "block" else None
         self.weights = term_weights(self.loss)
+        self.watched = [name for term in self.weights for name in WATCHED.get(term, ())]
         self.corruption = (
             build_corruption(cfg.objective.corruption, mask_id=model.mask_id)
             if cfg.objective.kind == "block"
@@ -92,7 +99,7 @@ class Trainer:
         Raises:
             DivergenceError: loss or gradient is not finite; the weights were not touched.
         """
-        sums, counts, masked = self.gradients(number)
+        sums, counts, masked, watch = self.gradients(number)
         loss = sum(w * sums[name] / max(counts[name], 1) for name, w in self.weights.items())
         norm = self.optimiser.clip()
         if not (math.isfinite(loss) and math.isfinite(norm)):
@@ -100,13 +107,16 @@ class Trainer:
         lr = learning_rate(number, steps=self.steps, cfg=self.cfg.optim)
         self.optimiser.step(lr)
         tokens = counts["nelbo" if "nelbo" in counts else "ar"]
-        return StepResult(loss, sums, counts, tokens, masked, norm, lr)
+        return StepResult(loss, sums, counts, tokens, masked, watch, norm, lr)
 
-    def gradients(self, number: int) -> tuple[dict[str, float], dict[str, int], int]:
+    def gradients(
+        self, number: int
+    ) -> tuple[dict[str, float], dict[str, int], int, dict[str, float]]:
         """Fill the gradient buffer for step `number`, summed over micro-batches and ranks.
 
         Returns:
-            sum of each term (nats), count of each term, masked tokens; all over all ranks.
+            sum of each term (nats), count of each term, masked tokens, counts of the heads that are
+            watched; all over all ranks.
         """
         rows, epochs = self.row_indices(number)
         rows, epochs = rows[self.part], epochs[self.part]
@@ -118,14 +128,18 @@ class Trainer:
         counts = dict(zip(names, counted.tolist(), strict=True))
 
         self.optimiser.zero_grad()
-        totals = torch.zeros(len(names) + 1, dtype=torch.float64)
+        totals = torch.zeros(len(names) + 1 + len(self.watched), dtype=torch.float64)
         size = self.cfg.micro_rows or len(rows)
         for start in range(0, len(rows), size):
             part = slice(start, start + size)
             totals += self._micro_batch(_rows(batch, part), epochs[part], counts)
         self.world.sum_(self.optimiser.gradients)
-        *sums, masked = self.world.sum_(totals).tolist()
-        return dict(zip(names, sums, strict=True)), counts, int(masked)
+        found = self.world.sum_(totals).tolist()
+        sums, masked, watch = found[: len(names)], found[len(names)], found[len(names) + 1 :]
+        return (
+            dict(zip(names, sums, strict=True)), counts, int(masked),
+            dict(zip(self.watched, watch, strict=True)),
+        )  # fmt: skip
 
     def row_indices(self, number: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Rows of step `number` over all ranks, and how often each was seen before."""
@@ -138,7 +152,7 @@ class Trainer:
     ) -> torch.Tensor:
         """Add the gradients of some rows; returns the terms' sums and the masked tokens."""
         if not any(count_terms(batch, self.loss).values()):  # padding alone
-            return torch.zeros(len(self.weights) + 1, dtype=torch.float64)
+            return torch.zeros(len(self.weights) + 1 + len(self.watched), dtype=torch.float64)
         noised = (
             None
             if self.corruption is None
@@ -151,9 +165,10 @@ class Trainer:
             loss = combine(terms, counts, self.weights)
         loss.backward()
         masked = 0 if noised is None else int((noised.noisy_ids == self.model.mask_id).sum())
-        return torch.tensor(
-            [*(float(terms[name].sum.detach()) for name in self.weights), masked],
-            dtype=torch.float64,
+        sums = torch.stack([terms[name].sum.detach().double() for name in self.weights])
+        watch = [terms[name].watch for name in self.weights]
+        return torch.cat(
+            (sums, sums.new_tensor([masked]), *(counts for counts in watch if counts is not None))
         )
 
     def _divergence(self, number: int, loss: float, norm: float) -> str:

@@ -18,44 +18,44 @@ from numpy.typing import NDArray
 
 from abf.data.loader import PackedBatch
 from abf.diffusion.config import PathCorruption
-from abf.diffusion.layout import block_lengths, block_starts, positions, predicted, run_starts
+from abf.diffusion.corrupt.base import Blocks, lay_out, squeeze
+from abf.diffusion.layout import block_lengths, block_starts, positions, predicted
 from abf.diffusion.levels import noise_levels
 from abf.diffusion.path.law import ABSENT, MASKED, PathLaw
+from abf.diffusion.policy.drafts import OVERRUN, Finished, draft
 from abf.diffusion.rng import uniform
 
 _SOON = 1e-12
-_STATUS, _TOKEN = 2, 3  # substreams: what a column holds, and which wrong token
+_STATUS, _TOKEN, _DRAFTED = 2, 3, 4
+"""Substreams: what a column holds, which wrong token, which blocks are drafts."""
+
+
+@dataclass
+class PathBlocks(Blocks):
+    """Blocks at one time of their paths."""
+
+    tau: NDArray[np.float64]
+    """[K] its time."""
+    weight: NDArray[np.float64]
+    """[K] of the integrand: 2/v, over the share of blocks that are on their path."""
+    present: NDArray[np.bool_]
+    """[K, n] columns that are in the noisy block."""
 
 
 @dataclass
 class PathNoised:
-    """Blocks at one time of their paths."""
+    """Rows of blocks on their paths, some of them drafts instead."""
 
     noisy_ids: NDArray[np.int64]
     """[B, M], in 0..V+1."""
     block_start: NDArray[np.int64]
     """[B, M], see `NoisyStream`."""
     law: PathLaw
-    row: NDArray[np.int64]
-    """[K] row of each block."""
-    start: NDArray[np.int64]
-    """[K] clean slot at which it begins."""
-    columns: NDArray[np.int64]
-    """[K] its clean tokens."""
-    first: NDArray[np.int64]
-    """[K] noisy slot at which it begins."""
-    slots: NDArray[np.int64]
-    """[K] its noisy slots; the end-of-block slot comes after them."""
-    tau: NDArray[np.float64]
-    """[K] its time."""
-    weight: NDArray[np.float64]
-    """[K] 2/v: of the integrand."""
-    clean: NDArray[np.int64]
-    """[K, n] finished tokens."""
-    present: NDArray[np.bool_]
-    """[K, n] columns that are in the noisy block."""
-    text: NDArray[np.int64]
-    """[K, m] the noisy block; MASK pads."""
+    path: PathBlocks
+    drafts: Blocks
+    """Blocks to be edited; they have no part in the bound."""
+    draft_share: float
+    """Share of blocks that are meant to be drafts; 1 where none are."""
 
 
 class Path:
@@ -83,31 +83,73 @@ class Path:
         there = charged & (held != ABSENT)
         shown = np.where(held == MASKED, self.mask_id, tokens)
 
-        # Where each slot, and behind a block's last token its end, comes to lie.
-        length, begins = block_lengths(batch), run_starts(batch.block_id)
-        last = charged & (np.arange(L) == begins + length - 1)
-        taken = there.astype(np.int64) + last
-        column = np.cumsum(taken, axis=1) - taken
-        M = max(1, int(taken.sum(axis=1).max()))
-        noisy_ids = np.full((B, M), self.mask_id, dtype=np.int64)
-        block_start = np.full((B, M), -1, dtype=np.int64)
-        at = np.nonzero(there)
-        noisy_ids[at[0], column[at]], block_start[at[0], column[at]] = shown[at], begins[at]
-        at = np.nonzero(last)
-        end = column[at] + there[at]
-        noisy_ids[at[0], end], block_start[at[0], end] = self.mask_id + 1, begins[at]
-
         row, start = np.nonzero(block_starts(batch))
-        columns, first = length[row, start], column[row, start]
+        columns = block_lengths(batch)[row, start]
         clean, real = _padded(batch.token_ids, row, start, columns)
         present = _padded(there, row, start, columns)[0] & real
-        slots = present.sum(axis=1)
-        text, inside = _padded(noisy_ids, row, first, slots)
+        text, slots = squeeze(_padded(shown, row, start, columns)[0], present, empty=self.mask_id)
+
+        drafted, weight = np.zeros(len(row), dtype=bool), 2 / v[row, start]
+        if self.cfg.drafts is not None:
+            at = batch.document_id[row, start], place[row, start]
+            keys = (seed, np.asarray(epochs)[row], *at, draw)
+            drafted = uniform(*keys, _DRAFTED) < self.cfg.drafts.share
+            weight = weight / (1 - self.cfg.drafts.share)
+            cells, present_cells = draft(
+                _finished(batch, row, start, clean, columns), self.cfg.drafts, keys=keys,
+                vocab=self.mask_id,
+            )  # fmt: skip
+            text, slots = self._either(drafted, (cells, present_cells), (text, slots), columns)
+        noisy_ids, block_start, first = lay_out(
+            row, start, text, slots, rows=B, end_id=self.mask_id + 1
+        )
+        blocks = PathBlocks(
+            row, start, columns, first, slots, clean, text, tau[row, start], weight, present
+        )
+        share = 1.0 if self.cfg.drafts is None else self.cfg.drafts.share
         return PathNoised(
-            noisy_ids, block_start, self.law, row, start, columns, first, slots,
-            tau[row, start], 2 / v[row, start], clean, present,
-            np.where(inside, text, self.mask_id),
-        )  # fmt: skip
+            noisy_ids, block_start, self.law, blocks.take(~drafted), blocks.take(drafted), share
+        )
+
+    def _either(
+        self,
+        drafted: NDArray[np.bool_],
+        cells: tuple[NDArray[np.int64], NDArray[np.bool_]],
+        path: tuple[NDArray[np.int64], NDArray[np.int64]],
+        columns: NDArray[np.int64],
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Text and slots of each block: its draft's or its path's."""
+        assert self.cfg.drafts is not None
+        text, slots = squeeze(*cells, empty=self.mask_id)
+        if self.cfg.drafts.fixed_length:
+            slots = columns  # MASK pads a text anyway
+        on_path, count = path
+        width = max(text.shape[1], on_path.shape[1], int(columns.max(initial=1)))
+        text, on_path = (
+            np.pad(t, ((0, 0), (0, width - t.shape[1])), constant_values=self.mask_id)
+            for t in (text, on_path)
+        )
+        return np.where(drafted[:, None], text, on_path), np.where(drafted, slots, count)
+
+
+def _finished(
+    batch: PackedBatch,
+    row: NDArray[np.int64],
+    start: NDArray[np.int64],
+    clean: NDArray[np.int64],
+    columns: NDArray[np.int64],
+) -> Finished:
+    """Blocks, what comes after them, and what stands near them."""
+    L = batch.token_ids.shape[1]
+    after = (start + columns)[:, None] + np.arange(OVERRUN)
+    at = np.minimum(after, L - 1)
+    here = batch.document_id[row, start][:, None]
+    same = (after < L) & (batch.document_id[row[:, None], at] == here)
+    # A row begins with its first document's token, and a charged one comes next.
+    nearby = np.where(predicted(batch), batch.token_ids, batch.token_ids[:, 1:2])
+    return Finished(
+        clean, columns, batch.token_ids[row[:, None], at], same.sum(axis=1), nearby[row]
+    )
 
 
 def _padded(

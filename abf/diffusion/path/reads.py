@@ -6,17 +6,17 @@ longest block, R rows read, d width, V vocabulary.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from abf.diffusion.corrupt.path import PathNoised
+from abf.diffusion.corrupt.path import PathBlocks
 from abf.diffusion.head import head_reads
+from abf.diffusion.layout import BlockReads
 from abf.diffusion.path.align import Alignment, one_alignment, posterior
 from abf.diffusion.path.bound import Rates, insert_rate, path_nats, substitute_rate
-from abf.diffusion.path.law import Statuses
+from abf.diffusion.path.law import PathLaw, Statuses
 
 
 class Heads(Protocol):
@@ -28,45 +28,15 @@ class Heads(Protocol):
     def edits(self, hidden: Tensor) -> Tensor: ...
 
 
-@dataclass
-class PathReads:
-    """Rows to read, in B*(M+L), and the blocks they belong to."""
-
-    token: Tensor
-    """[R] row that tells the token of a slot."""
-    own: Tensor
-    """[K*(m+1)] row of each slot and of the end; a row of its block where there is no slot."""
-    block: Tensor
-    """[R] block of each slot."""
-    slot: Tensor
-    """[R] its number in the block."""
-    noised: PathNoised
-
-    @property
-    def rows(self) -> Tensor:
-        """All rows, tokens first."""
-        return torch.cat((self.token, self.own))
-
-
-def path_reads(noised: PathNoised, *, L: int, shift: bool) -> PathReads:
-    """Tokens are read from the state before their slot (`shift`; the first from the last clean
-    token before the block) or from their own, edits always from a slot's own state."""
-    M = noised.noisy_ids.shape[1]
-    base = torch.from_numpy(noised.row) * (M + L)
-    slots, first = torch.from_numpy(noised.slots), torch.from_numpy(noised.first)
-    m = noised.text.shape[1]
-    block, slot = torch.nonzero(torch.arange(m) < slots[:, None], as_tuple=True)
-    token = base[block] + first[block] + slot
-    if shift:
-        before = base[block] + M + torch.from_numpy(noised.start)[block] - 1
-        token = torch.where(slot == 0, before, token - 1)
-    place = torch.minimum(torch.arange(m + 1), slots[:, None])
-    own = (base + first)[:, None] + place
-    return PathReads(token, own.flatten(), block, slot, noised)
-
-
 def path_charges(
-    heads: Heads, states: Tensor, reads: PathReads, *, longest: int, aligned: bool
+    heads: Heads,
+    states: Tensor,
+    reads: BlockReads,
+    blocks: PathBlocks,
+    *,
+    law: PathLaw,
+    longest: int,
+    aligned: bool,
 ) -> Tensor:
     """Weighted integrand of each block, [K] nats; its mean over times is the bound's integral.
 
@@ -74,50 +44,60 @@ def path_charges(
         heads: of the model.
         states: [R + K*(m+1), d] states of `reads.rows`.
         reads: what they belong to.
+        blocks: on their paths.
+        law: of the paths.
         longest: slots of a block beyond which nothing is inserted.
         aligned: expected over alignments (to report) instead of the known one (to train on).
     """
-    noised = reads.noised
-    clean, text = torch.from_numpy(noised.clean), torch.from_numpy(noised.text)
-    columns, slots = torch.from_numpy(noised.columns), torch.from_numpy(noised.slots)
-    tau, mask_id = torch.from_numpy(noised.tau), noised.law.vocab
+    clean, text = torch.from_numpy(blocks.clean), torch.from_numpy(blocks.text)
+    columns, slots = torch.from_numpy(blocks.columns), torch.from_numpy(blocks.slots)
+    tau, mask_id = torch.from_numpy(blocks.tau), law.vocab
     (K, n), m = clean.shape, text.shape[1]
-    statuses = noised.law.statuses(tau)
+    statuses = law.statuses(tau)
     if aligned:
         alignment = posterior(clean, columns, text, slots, statuses, mask_id=mask_id)
     else:
-        present, real = torch.from_numpy(noised.present), torch.arange(n) < columns[:, None]
+        present, real = torch.from_numpy(blocks.present), torch.arange(n) < columns[:, None]
         alignment = one_alignment(present, real, slots=m)
 
     split = len(reads.token)
-    token, own, floor = _tokens(heads, states[:split], reads, alignment, aligned=aligned)
-    edits = heads.edits(states[split:]).view(K, m + 1, -1)
+    token, own, floor = _tokens(
+        heads, states[:split], reads, (clean, text), alignment, mix=law.wrong, aligned=aligned
+    )
+    edits = heads.edits(states[split:]).unflatten(0, (K, m + 1))
     each = Statuses(*(value[:, None] for value in vars(statuses).values()))
     room = (slots < longest)[:, None]
     rates = Rates(
         insert=insert_rate(edits[..., 0], edits[..., 1], tau[:, None]) * room,
-        substitute=substitute_rate(edits[:, :-1, 2], noised.law, each),
+        substitute=substitute_rate(edits[:, :-1, 2], law, each),
         token=token,
         own=own,
         floor=floor,
     )
     nats = path_nats(
-        rates, alignment, clean=clean, columns=columns, text=text, slots=slots, law=noised.law,
+        rates, alignment, clean=clean, columns=columns, text=text, slots=slots, law=law,
         mask_id=mask_id,
     )  # fmt: skip
-    return nats * torch.from_numpy(noised.weight)
+    return nats * torch.from_numpy(blocks.weight)
 
 
 def _tokens(
-    heads: Heads, states: Tensor, reads: PathReads, alignment: Alignment, *, aligned: bool
+    heads: Heads,
+    states: Tensor,
+    reads: BlockReads,
+    texts: tuple[Tensor, Tensor],
+    alignment: Alignment,
+    *,
+    mix: float,
+    aligned: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`token` [K, m, n], `own` and `floor` [K, m] of the rates.
 
     With a known alignment a slot needs its own column's token alone, which then stands in the first
     column of that token; the others are left at zero, and nothing reads them.
     """
-    noised, block, slot = reads.noised, reads.block, reads.slot
-    clean, text = torch.from_numpy(noised.clean), torch.from_numpy(noised.text)
+    block, slot = reads.block, reads.slot
+    clean, text = texts
     (K, n), m = clean.shape, text.shape[1]
     held = text[block, slot].clamp(max=heads.head_weight.shape[0] - 1)
     if aligned:
@@ -128,7 +108,7 @@ def _tokens(
         wanted = clean[block, column][:, None]
         into = (clean[block] == wanted).long().argmax(dim=1, keepdim=True)
     found, low = head_reads(
-        states, heads.head_weight, torch.cat((wanted, held[:, None]), dim=1), mix=noised.law.wrong
+        states, heads.head_weight, torch.cat((wanted, held[:, None]), dim=1), mix=mix
     )
     at = (block[:, None].expand_as(into), slot[:, None].expand_as(into), into)
     token = found.new_zeros(K, m, n).index_put(at, found[:, :-1])

@@ -91,24 +91,26 @@ def test_a_noisy_block_is_its_columns_in_order_and_an_end() -> None:
     noised = noise(BATCH, cfg)
     at = noised.block_start
     for k, (row, start, columns) in enumerate(
-        zip(noised.row, noised.start, noised.columns, strict=True)
+        zip(noised.path.row, noised.path.start, noised.path.columns, strict=True)
     ):
         clean = BATCH.token_ids[row, start : start + columns]
-        assert noised.clean[k, :columns].tolist() == clean.tolist()
+        assert noised.path.clean[k, :columns].tolist() == clean.tolist()
         mine = noised.noisy_ids[row][at[row] == start]
         assert mine[-1] == V + 1
-        assert mine[:-1].tolist() == noised.text[k, : noised.slots[k]].tolist()
-        assert np.nonzero(at[row] == start)[0][0] == noised.first[k]
-        assert noised.present[k].sum() == noised.slots[k] == len(mine) - 1
-        assert noised.weight[k] == pytest.approx(2 * math.exp(noised.tau[k] / 2))
-    assert len(noised.row) == block_starts(BATCH).sum()
-    kept = noised.present.sum() / noised.columns.sum()
+        assert mine[:-1].tolist() == noised.path.text[k, : noised.path.slots[k]].tolist()
+        assert np.nonzero(at[row] == start)[0][0] == noised.path.first[k]
+        assert noised.path.present[k].sum() == noised.path.slots[k] == len(mine) - 1
+        assert noised.path.weight[k] == pytest.approx(2 * math.exp(noised.path.tau[k] / 2))
+    assert len(noised.path.row) == block_starts(BATCH).sum()
+    kept = noised.path.present.sum() / noised.path.columns.sum()
     assert 0.5 < kept < 1
     # The longest block counts on: position tells nothing of the clean length.
     streams = two_stream(BATCH, noised, clean_stream="context_causal")
     place = positions(BATCH.document_id)
-    for k, (row, start) in enumerate(zip(noised.row, noised.start, strict=True)):
-        found = streams.positions[row, noised.first[k] : noised.first[k] + noised.slots[k] + 1]
+    for k, (row, start) in enumerate(zip(noised.path.row, noised.path.start, strict=True)):
+        found = streams.positions[
+            row, noised.path.first[k] : noised.path.first[k] + noised.path.slots[k] + 1
+        ]
         assert found.tolist() == list(range(place[row, start], place[row, start] + len(found)))
 
 
@@ -118,15 +120,15 @@ def test_states_are_met_as_often_as_the_law_says() -> None:
     noised = noise(batch, cfg)
     world = World(V, 4, cfg.late, cfg.wrong)
     for low, high in ((0.1, 0.3), (0.6, 0.8), (1.5, 2.0)):
-        chosen = (noised.tau > low) & (noised.tau < high)
-        columns = np.arange(noised.clean.shape[1]) < noised.columns[chosen, None]
-        law = [world.column(float(tau)) for tau in noised.tau[chosen][:: chosen.sum() // 40]]
-        absent = 1 - noised.present[chosen][columns].mean()
+        chosen = (noised.path.tau > low) & (noised.path.tau < high)
+        columns = np.arange(noised.path.clean.shape[1]) < noised.path.columns[chosen, None]
+        law = [world.column(float(tau)) for tau in noised.path.tau[chosen][:: chosen.sum() // 40]]
+        absent = 1 - noised.path.present[chosen][columns].mean()
         expected = np.mean([one["absent"] for one in law])
         count = columns.sum()
         assert abs(absent - expected) < 5 * math.sqrt(expected / count) + 0.01
-        slots = np.arange(noised.text.shape[1]) < noised.slots[chosen, None]
-        masked = (noised.text[chosen] == V)[slots].sum() / count
+        slots = np.arange(noised.path.text.shape[1]) < noised.path.slots[chosen, None]
+        masked = (noised.path.text[chosen] == V)[slots].sum() / count
         expected = np.mean([one["masked"] for one in law])
         assert abs(masked - expected) < 5 * math.sqrt(expected / count) + 0.01
 
@@ -152,15 +154,15 @@ def test_charges_are_those_of_one_block_at_a_time(shift: bool, aligned: bool) ->
         assert np.isfinite(found).all()
         return
     for k, (row, start, tau) in enumerate(
-        zip(noised.row, noised.start, noised.tau.tolist(), strict=True)
+        zip(noised.path.row, noised.path.start, noised.path.tau.tolist(), strict=True)
     ):
-        y = tuple(batch.token_ids[row, start : start + noised.columns[k]].tolist())
-        s = tuple(noised.text[k, : noised.slots[k]].tolist())
+        y = tuple(batch.token_ids[row, start : start + noised.path.columns[k]].tolist())
+        s = tuple(noised.path.text[k, : noised.path.slots[k]].tolist())
         begins = start - positions(batch.document_id)[row, start]
         context = batch.token_ids[row, begins:start].tolist()
         said = answer(model, context, s, tau, world)
-        wanted = _at_state(world, said, y, s, tau, noised.present[k], aligned=aligned)
-        assert found[row, start] == pytest.approx(noised.weight[k] * wanted, rel=1e-6)
+        wanted = _at_state(world, said, y, s, tau, noised.path.present[k], aligned=aligned)
+        assert found[row, start] == pytest.approx(noised.path.weight[k] * wanted, rel=1e-6)
 
 
 def _at_state(
