@@ -9,12 +9,89 @@ from pydantic import Field
 from abf.base import ConfigModel
 
 
+class CountLaw(ConfigModel):
+    """K uniform on 1..S: never an empty block, a block of one token always masked."""
+
+    kind: Literal["count"] = "count"
+
+
+class Clip(ConfigModel):
+    """Mask rates for blocks up to a length."""
+
+    up_to: int = Field(ge=1)
+    """Longest block they are for, in tokens."""
+    low: float = Field(ge=0, lt=1)
+    high: float = Field(gt=0, le=1)
+
+    def model_post_init(self, context: object) -> None:
+        if self.low >= self.high:
+            raise ValueError(f"low ({self.low}) must be below high ({self.high})")
+
+
+class UniformRate(ConfigModel):
+    """Each token masked with a rate that is uniform on [low, high]."""
+
+    kind: Literal["uniform"] = "uniform"
+    low: float = Field(default=0.0, ge=0, lt=1)
+    high: float = Field(default=1.0, gt=0, le=1)
+    by_length: tuple[Clip, ...] = ()
+    """Other rates for shorter blocks: the first entry a block fits in counts."""
+
+    def model_post_init(self, context: object) -> None:
+        if self.low >= self.high:
+            raise ValueError(f"low ({self.low}) must be below high ({self.high})")
+        lengths = [clip.up_to for clip in self.by_length]
+        if lengths != sorted(set(lengths)):
+            raise ValueError(f"by_length must grow in up_to, not {lengths}")
+
+
+class BetaRate(ConfigModel):
+    """Each token masked with a rate that is Beta(mean * c, (1 - mean) * c)."""
+
+    kind: Literal["beta"] = "beta"
+    mean: float = Field(default=0.5, gt=0, lt=1)
+    concentration: float = Field(default=2.0, gt=0)
+    """c; the larger, the closer to the mean."""
+
+
+MaskLaw = Annotated[CountLaw | UniformRate | BetaRate, Field(discriminator="kind")]
+
+
 class MaskedCorruption(ConfigModel):
-    """K masks in a block, K uniform on 1..S: the exactly unbiased K-subset estimator."""
+    """Tokens are masked, each in its place. The defaults are the exactly unbiased estimator of the
+    bound; other laws and weights are those of the systems in config/recipes."""
 
     kind: Literal["masked"] = "masked"
+    law: MaskLaw = CountLaw()
+    """How many tokens of a block."""
+    weight: Literal["exact", "rate", "realised", "one"] = "exact"
+    """Of a masked token's loss: what makes the sum an unbiased bound whatever the law; 1/rate;
+    tokens/masked tokens of the block; 1."""
+    shared: Literal["block", "document"] = "block"
+    """Who shares a draw: each block has its own, or all blocks of a document have one."""
+    pair: bool = False
+    """Two views of every row, with complementary masks."""
     stratify: bool = True
-    """Spread K over the blocks of a batch (lower variance, same expectation)."""
+    """Spread draws over the blocks of a batch (lower variance, same expectation)."""
+
+    def model_post_init(self, context: object) -> None:
+        if self.pair and self.weight not in ("exact", "one"):
+            raise ValueError(
+                f"weight: {self.weight} says nothing of the complementary view of a pair (its rate "
+                "was not drawn): use exact or one"
+            )
+
+    @property
+    def bound(self) -> bool:
+        """Whether the weighted loss is an unbiased draw of the bound, not another objective."""
+        law = self.law
+        whole = law.kind == "uniform" and (law.low, law.high, law.by_length) == (0.0, 1.0, ())
+        counted = law.kind == "count" and self.weight in ("rate", "realised")
+        return self.weight == "exact" or counted or (whole and self.weight == "rate")
+
+    def reported(self) -> MaskedCorruption:
+        """What the bound is reported under: the exact estimator, whatever was trained on."""
+        return MaskedCorruption()
 
 
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -68,6 +145,15 @@ class PathCorruption(ConfigModel):
     """Spread times over the blocks of a batch (lower variance, same expectation)."""
     drafts: DraftsConfig | None = None
     """Blocks to be edited instead of points of a path; none: the bound alone is trained."""
+
+    @property
+    def bound(self) -> bool:
+        """Whether the weighted loss is an unbiased draw of the bound."""
+        return True
+
+    def reported(self) -> PathCorruption:
+        """What the bound is reported under: drafts have no part in it."""
+        return self.model_copy(update={"drafts": None})
 
 
 Corruption = Annotated[MaskedCorruption | PathCorruption, Field(discriminator="kind")]

@@ -125,6 +125,7 @@ def loss_terms(
     noised: Noised | PathNoised | None,
     loss: LossConfig | None,
     backend: Backend,
+    only: Collection[str] | None = None,
 ) -> dict[str, Term]:
     """Forward pass over a micro-batch.
 
@@ -135,8 +136,11 @@ def loss_terms(
             alone.
         loss: settings of the block objective.
         backend: attention back end.
+        only: terms to compute of the block objective's; all by default.
     """
     counts = count_terms(batch, loss)
+    if only is not None:
+        counts = {name: count for name, count in counts.items() if name in only}
     if loss is None:
         assert noised is None, "the AR objective has no noisy stream"
         charges = {"ar": ar_charges(model, batch, backend=backend)}

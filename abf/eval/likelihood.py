@@ -126,9 +126,7 @@ def block_measures(
     model: Transformer, objective: BlockObjective, held: HeldOut, draws: int, progress: Progress
 ) -> list[Measure]:
     """The bound from `draws` independent noise draws, boundary bits, block lengths."""
-    # Drafts have no part in the bound; without them every block is on its path.
-    settings = objective.corruption.model_copy(update={"drafts": None})
-    corruption = build_corruption(settings, mask_id=model.mask_id)
+    corruption = build_corruption(objective.corruption.reported(), mask_id=model.mask_id)
     nelbo = np.zeros((draws, len(held.documents)))
     boundary, slots, blocks = held.zeros(), held.zeros(), held.zeros()
     for draw in range(draws):

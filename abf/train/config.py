@@ -39,14 +39,36 @@ class ArObjective(ConfigModel):
     kind: Literal["ar"] = "ar"
 
 
+class Stage(ConfigModel):
+    """A part of a run with settings of its own."""
+
+    until: float = Field(gt=0, le=1)
+    """Share of the run's steps at which it ends."""
+    corruption: Corruption | None = None
+    """How clean blocks become noisy; none: as the objective says."""
+    block_cap: int | None = Field(default=None, ge=1)
+    """Blocks are cut to this many tokens; none leaves them whole."""
+    join: float = Field(default=0.0, ge=0, le=1)
+    """Probability that a block is joined to the one before it while both fit the longest block."""
+
+
 class BlockObjective(ConfigModel):
     """Block diffusion on two streams."""
 
     kind: Literal["block"] = "block"
     corruption: Corruption = MaskedCorruption()
-    """How clean blocks become noisy."""
+    """How clean blocks become noisy; the bound is reported under it."""
     loss: LossConfig = LossConfig()
     """Terms and their weights."""
+    stages: tuple[Stage, ...] = ()
+    """Parts of the run, in order; the last ends at 1. None: the whole run is alike."""
+
+    def stage(self, step: int, steps: int) -> Stage:
+        """Settings of a step (from 0) of a run of so many."""
+        for stage in self.stages:
+            if step < stage.until * steps:
+                return stage
+        return Stage(until=1.0)
 
     @property
     def edits(self) -> bool:
@@ -54,7 +76,16 @@ class BlockObjective(ConfigModel):
         return self.corruption.kind == "path"
 
     def model_post_init(self, context: object) -> None:
-        drafts = self.corruption.kind == "path" and self.corruption.drafts is not None
+        ends = [stage.until for stage in self.stages]
+        if ends and (ends != sorted(set(ends)) or ends[-1] != 1):
+            raise ValueError(f"stages must end one after another, the last at 1, not {ends}")
+        all_ = [self.corruption, *(s.corruption for s in self.stages if s.corruption is not None)]
+        if len(kinds := {corruption.kind for corruption in all_}) > 1:
+            raise ValueError(
+                f"stages mix corruptions ({', '.join(sorted(kinds))}): a path with late: 0 and "
+                "wrong: 0 is one of masks alone, and its model has the heads of later stages"
+            )
+        drafts = any(c.kind == "path" and c.drafts is not None for c in all_)
         weights = {name: getattr(self.loss, name) for name in ("edit_weight", "complete_weight")}
         if drafts and not any(weights.values()):
             raise ValueError(
@@ -63,9 +94,7 @@ class BlockObjective(ConfigModel):
             )
         if not drafts and any(weights.values()):
             given = ", ".join(f"loss.{name}={value}" for name, value in weights.items() if value)
-            raise ValueError(
-                f"{given}, but there are no drafts: set corruption.drafts (kind: path)"
-            )
+            raise ValueError(f"{given}, but nothing drafts: set corruption.drafts (kind: path)")
 
 
 Objective = Annotated[ArObjective | BlockObjective, Field(discriminator="kind")]

@@ -173,7 +173,7 @@ class _Run:
         last = self.done == trainer.steps
         if last or self.done % cfg.log_steps == 0:
             values = {"lr": result.lr}
-            if trainer.corruption is not None:
+            if trainer.loss is not None:
                 # Double: weights that ran away overflow here before the next loss tells of it.
                 embedding = trainer.model.mask_embedding.detach().double()
                 values["mask_embedding_norm"] = float(torch.linalg.vector_norm(embedding))

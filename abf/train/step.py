@@ -18,9 +18,10 @@ from numpy.typing import NDArray
 
 from abf.artifacts import PIECES, read_table
 from abf.data.loader import PackedBatch, PackedRows, row_indices
-from abf.diffusion.corrupt.base import build_corruption
-from abf.diffusion.loss import combine, count_terms, loss_terms, term_weights
+from abf.diffusion.corrupt.base import Corrupter, NoisyStream, build_corruption
+from abf.diffusion.loss import Term, combine, count_terms, loss_terms, term_weights
 from abf.diffusion.policy.watch import COMPLETE_COUNTS, EDIT_COUNTS
+from abf.diffusion.regroup import regroup
 from abf.errors import ArtifactError, ConfigError, DivergenceError
 from abf.model.transformer import Transformer
 from abf.train.config import TrainConfig
@@ -83,11 +84,8 @@ class Trainer:
         self.loss = cfg.objective.loss if cfg.objective.kind == "block" else None
         self.weights = term_weights(self.loss)
         self.watched = [name for term in self.weights for name in WATCHED.get(term, ())]
-        self.corruption = (
-            build_corruption(cfg.objective.corruption, mask_id=model.mask_id)
-            if cfg.objective.kind == "block"
-            else None
-        )
+        self._corruptions: dict[float, Corrupter] = {}
+        """By the end of their stage."""
         self.optimiser = Optimiser(model, cfg.optim)
         self.tokens_per_step = cfg.batch_rows * self.rows.row_length
         self.steps = math.ceil(cfg.tokens / self.tokens_per_step)
@@ -120,7 +118,7 @@ class Trainer:
         """
         rows, epochs = self.row_indices(number)
         rows, epochs = rows[self.part], epochs[self.part]
-        batch = self.rows.rows(rows)
+        corruption, batch = self._stage(number, self.rows.rows(rows), epochs)
         names = list(self.weights)
         # Before any backward: what the sums are divided by counts every rank and micro-batch.
         local = count_terms(batch, self.loss)
@@ -132,7 +130,7 @@ class Trainer:
         size = self.cfg.micro_rows or len(rows)
         for start in range(0, len(rows), size):
             part = slice(start, start + size)
-            totals += self._micro_batch(_rows(batch, part), epochs[part], counts)
+            totals += self._micro_batch(_rows(batch, part), epochs[part], counts, corruption)
         self.world.sum_(self.optimiser.gradients)
         found = self.world.sum_(totals).tolist()
         sums, masked, watch = found[: len(names)], found[len(names)], found[len(names) + 1 :]
@@ -147,29 +145,63 @@ class Trainer:
             number, batch_rows=self.cfg.batch_rows, n_rows=len(self.rows), seed=self.seed
         )
 
-    def _micro_batch(
-        self, batch: PackedBatch, epochs: NDArray[np.int64], counts: dict[str, int]
-    ) -> torch.Tensor:
-        """Add the gradients of some rows; returns the terms' sums and the masked tokens."""
-        if not any(count_terms(batch, self.loss).values()):  # padding alone
-            return torch.zeros(len(self.weights) + 1 + len(self.watched), dtype=torch.float64)
-        noised = (
-            None
-            if self.corruption is None
-            else self.corruption.apply(batch, seed=self.seed, epochs=epochs)
-        )
-        with torch.autocast("cpu", torch.bfloat16, enabled=self.cfg.precision == "bf16"):
-            terms = loss_terms(
-                self.model, batch, noised=noised, loss=self.loss, backend=self.cfg.attention
+    def _stage(
+        self, number: int, batch: PackedBatch, epochs: NDArray[np.int64]
+    ) -> tuple[Corrupter | None, PackedBatch]:
+        """What a step is trained on: how its rows are noised, and their blocks."""
+        objective = self.cfg.objective
+        if objective.kind != "block":
+            return None, batch
+        stage = objective.stage(number, self.steps)
+        if stage.until not in self._corruptions:
+            self._corruptions[stage.until] = build_corruption(
+                stage.corruption or objective.corruption, mask_id=self.model.mask_id
             )
-            loss = combine(terms, counts, self.weights)
-        loss.backward()
+        corruption = self._corruptions[stage.until]
+        longest = self.model.config.max_block
+        return corruption, regroup(
+            batch, cap=stage.block_cap, join=stage.join, longest=longest, seed=self.seed,
+            epochs=epochs,
+        )  # fmt: skip
+
+    def _micro_batch(
+        self,
+        batch: PackedBatch,
+        epochs: NDArray[np.int64],
+        counts: dict[str, int],
+        corruption: Corrupter | None,
+    ) -> torch.Tensor:
+        """Add the gradients of some rows; returns the terms' sums, the masked tokens, and counts of
+        what is watched."""
+        totals = torch.zeros(len(self.weights) + 1 + len(self.watched), dtype=torch.float64)
+        if not any(count_terms(batch, self.loss).values()):  # padding alone
+            return totals
+        for view in range(1 if corruption is None else corruption.views):
+            noised = (
+                None
+                if corruption is None
+                else corruption.apply(batch, seed=self.seed, epochs=epochs, draw=view)
+            )
+            with torch.autocast("cpu", torch.bfloat16, enabled=self.cfg.precision == "bf16"):
+                terms = loss_terms(
+                    self.model, batch, noised=noised, loss=self.loss, backend=self.cfg.attention,
+                    only=("nelbo",) if view else None,
+                )  # fmt: skip
+                loss = combine(terms, counts, self.weights)
+            loss.backward()
+            totals += self._measured(terms, noised)
+        return totals
+
+    def _measured(self, terms: dict[str, Term], noised: NoisyStream | None) -> torch.Tensor:
+        """Sums of the terms, masked tokens, and counts of what is watched."""
+        zero = torch.zeros(1, dtype=torch.float64)
+        sums = [
+            terms[name].sum.detach().double()[None] if name in terms else zero
+            for name in self.weights
+        ]
         masked = 0 if noised is None else int((noised.noisy_ids == self.model.mask_id).sum())
-        sums = torch.stack([terms[name].sum.detach().double() for name in self.weights])
-        watch = [terms[name].watch for name in self.weights]
-        return torch.cat(
-            (sums, sums.new_tensor([masked]), *(counts for counts in watch if counts is not None))
-        )
+        watch = [counts for term in terms.values() if (counts := term.watch) is not None]
+        return torch.cat((*sums, zero + masked, *watch))
 
     def _divergence(self, number: int, loss: float, norm: float) -> str:
         rows, _ = self.row_indices(number)

@@ -122,6 +122,9 @@ def lay_out(
 class Corrupter(Protocol):
     """Turns clean blocks into noisy ones."""
 
+    views: int
+    """Draws that belong together: a step trains on draws 0..views-1 of its rows."""
+
     def apply(
         self, batch: PackedBatch, *, seed: int, epochs: NDArray[np.int64], draw: int = 0
     ) -> Any:

@@ -61,6 +61,8 @@ class PathNoised:
 class Path:
     """See the module."""
 
+    views = 1
+
     def __init__(self, cfg: PathCorruption, *, mask_id: int) -> None:
         self.cfg, self.mask_id = cfg, mask_id
         self.law = PathLaw(cfg.late, cfg.wrong, vocab=mask_id)
