@@ -19,7 +19,9 @@ from numpy.typing import NDArray
 from abf.artifacts import PIECES, read_table
 from abf.data.loader import PackedBatch, PackedRows, row_indices
 from abf.diffusion.corrupt.base import Corrupter, NoisyStream, build_corruption
+from abf.diffusion.corrupt.path import PathNoised
 from abf.diffusion.loss import Term, combine, count_terms, loss_terms, term_weights
+from abf.diffusion.policy.own import write_own
 from abf.diffusion.policy.watch import COMPLETE_COUNTS, EDIT_COUNTS
 from abf.diffusion.regroup import regroup
 from abf.errors import ArtifactError, ConfigError, DivergenceError
@@ -182,7 +184,14 @@ class Trainer:
                 if corruption is None
                 else corruption.apply(batch, seed=self.seed, epochs=epochs, draw=view)
             )
-            with torch.autocast("cpu", torch.bfloat16, enabled=self.cfg.precision == "bf16"):
+            if isinstance(noised, PathNoised) and self.loss is not None:
+                # A pass of its own: autocast would keep weights cast without a gradient.
+                with self._lower():
+                    noised = write_own(
+                        self.model, batch, noised, loss=self.loss, backend=self.cfg.attention,
+                        seed=self.seed, epochs=epochs,
+                    )  # fmt: skip
+            with self._lower():
                 terms = loss_terms(
                     self.model, batch, noised=noised, loss=self.loss, backend=self.cfg.attention,
                     only=("nelbo",) if view else None,
@@ -191,6 +200,9 @@ class Trainer:
             loss.backward()
             totals += self._measured(terms, noised)
         return totals
+
+    def _lower(self) -> torch.autocast:
+        return torch.autocast("cpu", torch.bfloat16, enabled=self.cfg.precision == "bf16")
 
     def _measured(self, terms: dict[str, Term], noised: NoisyStream | None) -> torch.Tensor:
         """Sums of the terms, masked tokens, and counts of what is watched."""

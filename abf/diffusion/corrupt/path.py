@@ -22,7 +22,7 @@ from abf.diffusion.corrupt.base import Blocks, lay_out, squeeze
 from abf.diffusion.layout import block_lengths, block_starts, positions, predicted
 from abf.diffusion.levels import noise_levels
 from abf.diffusion.path.law import ABSENT, MASKED, PathLaw
-from abf.diffusion.policy.drafts import OVERRUN, Finished, draft
+from abf.diffusion.policy.drafts import OVERRUN, Finished, draft, opened, own_steps
 from abf.diffusion.rng import uniform
 
 _SOON = 1e-12
@@ -56,6 +56,8 @@ class PathNoised:
     """Blocks to be edited; they have no part in the bound."""
     draft_share: float
     """Share of blocks that are meant to be drafts; 1 where none are."""
+    own_steps: NDArray[np.int64]
+    """[drafts] steps that the model is to write each for (`abf.diffusion.policy.own`); 0: none."""
 
 
 class Path:
@@ -92,16 +94,20 @@ class Path:
         text, slots = squeeze(_padded(shown, row, start, columns)[0], present, empty=self.mask_id)
 
         drafted, weight = np.zeros(len(row), dtype=bool), 2 / v[row, start]
+        own = np.zeros(len(row), dtype=np.int64)
         if self.cfg.drafts is not None:
             at = batch.document_id[row, start], place[row, start]
             keys = (seed, np.asarray(epochs)[row], *at, draw)
             drafted = uniform(*keys, _DRAFTED) < self.cfg.drafts.share
             weight = weight / (1 - self.cfg.drafts.share)
-            cells, present_cells = draft(
-                _finished(batch, row, start, clean, columns), self.cfg.drafts, keys=keys,
-                vocab=self.mask_id,
-            )  # fmt: skip
-            text, slots = self._either(drafted, (cells, present_cells), (text, slots), columns)
+            own = own_steps(self.cfg.drafts, keys)
+            finished = _finished(batch, row, start, clean, columns)
+            cells = draft(finished, self.cfg.drafts, keys=keys, vocab=self.mask_id)
+            text, slots = self._either(drafted, cells, (text, slots), columns)
+            slots = np.where(drafted & (own > 0), opened(columns, keys), slots)
+            width = max(text.shape[1], int(slots.max(initial=1)))
+            text = np.pad(text, ((0, 0), (0, width - text.shape[1])), constant_values=self.mask_id)
+            text[drafted & (own > 0)] = self.mask_id
         noisy_ids, block_start, first = lay_out(
             row, start, text, slots, rows=B, end_id=self.mask_id + 1
         )
@@ -110,8 +116,9 @@ class Path:
         )
         share = 1.0 if self.cfg.drafts is None else self.cfg.drafts.share
         return PathNoised(
-            noisy_ids, block_start, self.law, blocks.take(~drafted), blocks.take(drafted), share
-        )
+            noisy_ids, block_start, self.law, blocks.take(~drafted), blocks.take(drafted), share,
+            own[drafted],
+        )  # fmt: skip
 
     def _either(
         self,

@@ -22,10 +22,15 @@ from abf.diffusion.rng import uniform
 
 GRAM, OVERRUN = 4, 8
 """Longest repeated n-gram, and most tokens of the next block, in tokens."""
+(_OWN, _STEPS, _OPENED) = range(12, 15)
 (_KIND, _AMOUNT, _PLACE, _CHOICE, _DROP, _REPLACE, _ADD, _FOREIGN, _ID, _MASKED, _LEVEL, _HIDE) = (
     range(16, 28)
 )
 """Substreams of random numbers."""
+
+
+Keys = tuple[NDArray[np.int64] | int, ...]
+"""Counters, [K] or one for all, that random numbers are a function of."""
 
 
 @dataclass
@@ -45,7 +50,7 @@ class Finished:
 
 
 def draft(
-    finished: Finished, cfg: DraftsConfig, *, keys: tuple[NDArray[np.int64] | int, ...], vocab: int
+    finished: Finished, cfg: DraftsConfig, *, keys: Keys, vocab: int
 ) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
     """One draft of each block.
 
@@ -135,3 +140,16 @@ def draft(
     hidden = np.where(level < cfg.opened, 1.0, (level - cfg.opened) / (1 - cfg.opened))
     hide = (one(_MASKED) < cfg.masked)[:, None] & (many(_HIDE, cells.shape[1]) < hidden[:, None])
     return np.where(hide, vocab, cells), present
+
+
+def own_steps(cfg: DraftsConfig, keys: Keys) -> NDArray[np.int64]:
+    """Steps that the model itself writes each draft for, [K]; 0 for one that is made here."""
+    steps = 1 + (uniform(*keys, _STEPS) * cfg.own_steps).astype(np.int64)
+    return np.where(uniform(*keys, _OWN) < cfg.own, steps, 0)
+
+
+def opened(columns: NDArray[np.int64], keys: Keys) -> NDArray[np.int64]:
+    """Masks that a draft of the model's own starts from, [K]: a length off by up to a quarter, as
+    a length head's is."""
+    off = columns * (0.75 + 0.5 * uniform(*keys, _OPENED))
+    return np.maximum(1, np.rint(off).astype(np.int64))
