@@ -39,7 +39,8 @@ class GridSpec(ConfigModel):
     base: str
     """Run YAML that every cell starts from, relative to the grid file."""
     arms: dict[ArmName, Overrides] = Field(default={"main": {}}, min_length=1)
-    """Arm name -> dotted path -> value."""
+    """Arm name -> dotted path -> value. `recipe: FILE` stands for the paths and values of another
+    YAML file (relative to the grid file), which come before the arm's own."""
     axes: dict[str, Annotated[list[Any], Field(min_length=1)]] = {}
     """Dotted path -> values; every combination runs with every arm."""
     seeds: tuple[Seed, ...] = Field(default=(0,), min_length=1)
@@ -88,8 +89,9 @@ def load_study(path: Path) -> Study:
     base = (path.parent / spec.base).resolve()
     document = read_yaml(base)
     cells = []
+    arms = {arm: _with_recipe(overrides, path) for arm, overrides in spec.arms.items()}
     for arm, name, values in _combinations(spec, path):
-        changes = [*spec.arms[arm].items(), *values.items()]
+        changes = [*arms[arm].items(), *values.items()]
         cell = _apply(document, changes, f"{path}: arm {name!r}")
         for seed in spec.seeds:
             stated = {**cell, "study": spec.study, "arm": name, "seed": seed}
@@ -104,6 +106,17 @@ def load_study(path: Path) -> Study:
             "named like another with its axis values"
         )
     return Study(spec.study, path, tuple(cells))
+
+
+def _with_recipe(overrides: Overrides, path: Path) -> Overrides:
+    """Overrides of an arm, those of its recipe before its own."""
+    named = overrides.get("recipe")
+    if named is None:
+        return overrides
+    if not isinstance(named, str):
+        raise ConfigError(f"{path}: recipe: {named!r} is no file name")
+    recipe = read_yaml((path.parent / named).resolve())
+    return recipe | {key: value for key, value in overrides.items() if key != "recipe"}
 
 
 def _combinations(spec: GridSpec, path: Path) -> Iterator[tuple[str, str, Overrides]]:

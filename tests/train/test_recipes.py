@@ -1,0 +1,80 @@
+"""Every recipe is a run of the one trainer, says whether it trains the bound, and learns."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from abf.errors import ConfigError
+from abf.grid import load_study
+from abf.model.store import with_edit_heads
+from abf.train.config import BlockObjective
+from abf.train.step import Trainer
+from tests.train.tiny_run import new_model, tiny_config, write_rows
+
+CONFIG = Path(__file__).parents[2] / "config"
+RECIPES = {path.stem for path in (CONFIG / "recipes").glob("*.yaml")}
+BOUND = {"sdar", "nbdiff", "abf", "llada2", "bard"}
+"""Recipes whose weighted loss is an unbiased draw of the bound they report."""
+
+
+def objectives() -> dict[str, BlockObjective]:
+    cells = load_study(CONFIG / "grids" / "recipes.yaml").cells
+    found = {cell.config.arm: cell.config.train.objective for cell in cells}
+    return {
+        arm: objective
+        for arm, objective in found.items()
+        if arm in RECIPES and objective.kind == "block"
+    }
+
+
+def test_the_grid_runs_every_recipe_beside_an_ar_arm() -> None:
+    cells = load_study(CONFIG / "grids" / "recipes.yaml").cells
+    assert {cell.config.arm for cell in cells} == RECIPES | {"ar", "masks"}
+    assert len({cell.config.seed for cell in cells}) >= 3
+    assert objectives().keys() == RECIPES
+    # The same text, base and clean tokens, or it would be no comparison.
+    same = {
+        (str(cell.config.sources), str(cell.config.base), cell.config.train.tokens)
+        for cell in cells
+    }
+    assert len(same) == 1
+
+
+def test_recipes_say_what_is_no_bound() -> None:
+    flags = {}
+    for arm, objective in objectives().items():
+        corruptions = [objective.corruption, *(s.corruption for s in objective.stages)]
+        flags[arm] = all(c.bound for c in corruptions if c is not None)
+        text = (CONFIG / "recipes" / f"{arm}.yaml").read_text()
+        assert ("NOT a bound" in " ".join(text.replace("#", "").split())) == (not flags[arm])
+    assert {arm for arm, flag in flags.items() if flag} == BOUND & RECIPES
+
+
+@pytest.mark.parametrize("arm", sorted(RECIPES))
+def test_a_recipe_trains_through_all_its_stages(tmp_path: Path, arm: str) -> None:
+    objective = objectives()[arm]
+    model = new_model()
+    if objective.edits:
+        model = with_edit_heads(model)
+    cfg = tiny_config(objective=objective, tokens=16 * 4 * 48, optim={"lr": 0.01})
+    trainer = Trainer(cfg, seed=0, model=model, packed=write_rows(tmp_path))
+    losses = [trainer.step(number).sums["nelbo"] for number in range(trainer.steps)]
+    assert trainer.steps >= 16
+    assert all(0 < loss < 1e5 for loss in losses)
+
+
+def test_a_recipe_comes_before_what_the_arm_says(tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text("study: base\n")
+    (tmp_path / "recipe.yaml").write_text("train.tokens: 5000\ntrain.batch_rows: 4\n")
+    grid = tmp_path / "grid.yaml"
+    grid.write_text(
+        "study: grid\nbase: run.yaml\n"
+        "arms: {a: {recipe: recipe.yaml, train.batch_rows: 6}, b: {train.tokens: 7000}}\n"
+    )
+    a, b = (cell.config.train for cell in load_study(grid).cells)
+    assert (a.tokens, a.batch_rows, b.tokens) == (5000, 6, 7000)
+    grid.write_text("study: grid\nbase: run.yaml\narms: {a: {recipe: nothing.yaml}}\n")
+    with pytest.raises(ConfigError, match=r"nothing\.yaml"):
+        load_study(grid)
