@@ -118,6 +118,9 @@ class ShapeConfig(ConfigModel):
     """Key/value heads; divides heads."""
     d_ff: int = Field(default=384, ge=2)
     """Hidden width of SwiGLU."""
+    init_std: float = Field(default=0.02, gt=0)
+    """Standard deviation of the random matrices. A narrow model wants more: below about
+    1/sqrt(d_model) its attention starts out flat and may take long to find what to copy."""
 
     def model_post_init(self, context: object) -> None:
         if self.d_model % (2 * self.heads):

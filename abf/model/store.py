@@ -55,7 +55,7 @@ def new_model(
     )
     model = empty_model(config).to_empty(device="cpu")
     model.rope = rope_frequencies(config)
-    model.initialise(torch.Generator().manual_seed(seed))
+    model.initialise(torch.Generator().manual_seed(seed), std=shape.init_std)
     return model
 
 

@@ -175,14 +175,14 @@ class Transformer(nn.Module):
         """Output matrix [V, d]: the embedding itself when they are tied."""
         return self.embedding.weight if self.head is None else self.head.weight
 
-    def initialise(self, generator: torch.Generator) -> None:
+    def initialise(self, generator: torch.Generator, *, std: float = 0.02) -> None:
         """Set every weight of a model trained from scratch.
 
-        Matrices are normal, 0.02; what is added to the residual stream is scaled by
+        Matrices are normal, `std`; what is added to the residual stream is scaled by
         1/sqrt(2*layers) (GPT-2). Norms are one, biases and the length head zero, MASK the mean
         embedding.
         """
-        residual = 0.02 / math.sqrt(2 * self.config.layers)
+        residual = std / math.sqrt(2 * self.config.layers)
         with torch.no_grad():
             for name, parameter in self.named_parameters():
                 if name.startswith("length_head") or name.endswith(".bias"):
@@ -191,7 +191,7 @@ class Transformer(nn.Module):
                     parameter.fill_(1.0)
                 else:
                     added = name.endswith(("attention.o.weight", "mlp.down.weight"))
-                    parameter.normal_(0.0, residual if added else 0.02, generator=generator)
+                    parameter.normal_(0.0, residual if added else std, generator=generator)
         self.reset_mask_embedding()
 
     def reset_mask_embedding(self) -> None:

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from abf.errors import ArtifactError
-from abf.model.store import load_model, load_weights, save_model, save_weights
+from abf.model.config import ShapeConfig
+from abf.model.store import load_model, load_weights, new_model, save_model, save_weights
 from tests.diffusion.rows import tiny_model
 
 
@@ -27,6 +28,15 @@ def test_a_model_comes_back_bit_by_bit(tmp_path, model):
     assert oct((tmp_path / "init" / "model.safetensors").stat().st_mode) == oct(
         (tmp_path / "init" / "model_config.json").stat().st_mode
     )
+
+
+def test_random_weights_are_as_wide_as_the_shape_says():
+    shape = ShapeConfig(d_model=64, layers=8, heads=4, kv_heads=4, d_ff=128, init_std=0.08)
+    made = new_model(shape, vocab_size=300, document_id=0, max_block=8, max_positions=64, seed=0)
+    for name, weight in made.state_dict().items():
+        wanted = 0.08 / 4 if name.endswith(("attention.o.weight", "mlp.down.weight")) else 0.08
+        if weight.dim() == 2 and not name.startswith("length_head"):
+            assert float(weight.std()) == pytest.approx(wanted, rel=0.05), name
 
 
 def test_weights_do_not_depend_on_the_file_once_read(tmp_path, model):
