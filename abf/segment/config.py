@@ -17,8 +17,14 @@ class SentenceSegmenter(ConfigModel):
     """A segment shorter than this joins the next one (the last of a paragraph, the previous)."""
 
 
-Reference = Annotated[SentenceSegmenter, Field()]
-"""Segmenters that a control arm can be matched to (a union once there are more)."""
+class LineSegmenter(ConfigModel):
+    """Lines, however short; blank ones go with the line before."""
+
+    kind: Literal["line"] = "line"
+
+
+Reference = Annotated[LineSegmenter | SentenceSegmenter, Field(discriminator="kind")]
+"""Segmenters that a control arm can be matched to."""
 
 
 class FixedSegmenter(ConfigModel):
@@ -46,5 +52,6 @@ class RandomSegmenter(ConfigModel):
 
 
 Segmenter = Annotated[
-    FixedSegmenter | RandomSegmenter | SentenceSegmenter, Field(discriminator="kind")
+    FixedSegmenter | LineSegmenter | RandomSegmenter | SentenceSegmenter,
+    Field(discriminator="kind"),
 ]

@@ -46,7 +46,7 @@ class Sentence(OwnReference):
         """Cut a document; see the module's rule."""
         starts: list[int] = []
         levels: list[int] = []
-        for first, end, level in _lines(doc.text):
+        for first, end, level in lines(doc.text):
             if doc.language.lower() in PROGRAMMING:
                 starts.append(first)
                 levels.append(level)
@@ -68,7 +68,7 @@ def build(
     return Sentence(cfg.min_tokens)
 
 
-def _lines(text: str) -> Iterator[tuple[int, int, int]]:
+def lines(text: str) -> Iterator[tuple[int, int, int]]:
     """(first character, end, level) of the lines that are not blank; level 1 after a blank line."""
     first, level = 0, 1
     for match in _LINE_END.finditer(text):

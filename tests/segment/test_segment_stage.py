@@ -14,11 +14,18 @@ import pytest
 from abf.artifacts import DOCUMENTS, SEGMENTS, check_schema, write_table
 from abf.errors import ArtifactError
 from abf.segment.base import segment
-from abf.segment.config import FixedSegmenter, RandomSegmenter, Segmenter, SentenceSegmenter
+from abf.segment.config import (
+    FixedSegmenter,
+    LineSegmenter,
+    RandomSegmenter,
+    Segmenter,
+    SentenceSegmenter,
+)
 
 SENTENCE = SentenceSegmenter(min_tokens=3)
 KINDS: list[Segmenter] = [
     SENTENCE,
+    LineSegmenter(),
     FixedSegmenter(length=7),
     FixedSegmenter(like=SENTENCE),
     RandomSegmenter(like=SENTENCE, seed=2),
