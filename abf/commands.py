@@ -242,10 +242,10 @@ def decode(job: Job, run: StageRun) -> dict[str, Any]:
     """Generate text for a task with one decoder, and log every event."""
     from abf.decode.config import DecoderConfig
     from abf.decode.task import decode_task
-    from abf.eval.config import ContinuationTask
+    from abf.eval.config import Task
 
     counts = decode_task(
-        job.setting("task", ContinuationTask),
+        job.setting("task", Task),
         job.setting("decoder", DecoderConfig),
         **_reading(job),
         seed=job.setting("seed"),

@@ -32,7 +32,7 @@ from abf.decode.config import (
     ThresholdStrategy,
 )
 from abf.errors import ConfigError
-from abf.eval.config import ContinuationTask, LikelihoodTask, ScoringConfig, Task
+from abf.eval.config import ContinuationTask, LikelihoodTask, ListsTask, ScoringConfig, Task
 from abf.report.config import ReportConfig
 from abf.segment.config import Segmenter, SentenceSegmenter
 from abf.train.config import Base, PretrainedBase, TrainConfig
@@ -125,11 +125,14 @@ class RunConfig(ConfigModel):
                     f"decoders.{name}.extent.length={extent.length} is longer than "
                     f"pack.max_block={self.pack.max_block}"
                 )
+        kinds = sorted({source.kind for source in self.sources})
         for name, task in self.tasks.items():
-            if isinstance(task, ContinuationTask):
+            if isinstance(task, ListsTask) and kinds != ["lists"]:
+                raise ValueError(f"tasks.{name}: sources must all be of kind 'lists', not {kinds}")
+            if not isinstance(task, LikelihoodTask):
                 if not self.decoders:
                     raise ValueError(f"tasks.{name} generates text, but there are no decoders")
-                slots = 1 + task.prompt_tokens + task.new_tokens
+                slots = 1 + (task.prompt_tokens or 0) + task.new_tokens
                 if slots > self.pack.row_length:
                     raise ValueError(
                         f"tasks.{name}: prompt_tokens + new_tokens + 1 = {slots} is longer than "

@@ -38,6 +38,10 @@ def fault(tmp_path: Path):
         ("sources: [{kind: local, pth: x}]", ["sources[0].pth", "'path'"]),
         ("pack: {row_length: 32, max_block: 64}", ["pack.max_block=64", "row_length=32"]),
         (
+            "sources: [{kind: lists}, {kind: stdlib}]\ntasks: {edit: {kind: lists}}",
+            ["tasks.edit: sources must all be of kind 'lists', not ['lists', 'stdlib']"],
+        ),
+        (
             "decoders: {d: {strategy: {kind: threshold}, extent: {kind: fixed, length: 99}}}",
             ["decoders.d.extent.length=99", "max_block=64"],
         ),
@@ -133,6 +137,6 @@ def test_a_drifted_reference_is_found(tmp_path: Path) -> None:
         check_reference(tmp_path)
 
 
-@pytest.mark.parametrize("name", ["tiny.yaml", "smollm2.yaml"])
+@pytest.mark.parametrize("name", ["tiny.yaml", "smollm2.yaml", "lists.yaml"])
 def test_shipped_run_files_are_valid(name: str) -> None:
     assert load(ROOT / "config" / name).study

@@ -9,11 +9,12 @@ import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import pyarrow as pa
 import torch
+from numpy.typing import NDArray
 
 from abf.artifacts import PIECES, SAMPLES, read_table, write_table
 from abf.data.loader import PackedRows, spread
@@ -33,13 +34,16 @@ REST = 8
 
 
 class PromptTask(Protocol):
-    """What a generative task says of its prompts (`abf.eval.config.ContinuationTask`)."""
+    """What a generative task says of its prompts: each is so many tokens, or so many lines."""
 
     @property
     def prompts(self) -> int: ...
 
     @property
-    def prompt_tokens(self) -> int: ...
+    def prompt_tokens(self) -> int | None: ...
+
+    @property
+    def prompt_lines(self) -> int | None: ...
 
     @property
     def new_tokens(self) -> int: ...
@@ -82,7 +86,7 @@ def decode_task(
     torch.set_num_threads(decoder.threads)
     model = load_model(model_dir).eval()
     text = load_tokenizer(tokenizer)
-    prompts = held_out_prompts(task, packed, model)
+    prompts = held_out_prompts(task, packed, model, text)
     header = {
         "version": "1",
         "mask_id": str(model.mask_id),
@@ -122,8 +126,10 @@ def decode_task(
     return summary(samples, wall_s) | counts
 
 
-def held_out_prompts(task: PromptTask, packed: Path, model: Transformer) -> list[Prompt]:
-    """Held-out documents that are long enough, spread evenly, by their first tokens."""
+def held_out_prompts(
+    task: PromptTask, packed: Path, model: Transformer, tokenizer: TextTokenizer
+) -> list[Prompt]:
+    """Held-out documents that are long enough, spread evenly, by their first tokens or lines."""
     folder = packed / "packed"
     rows = PackedRows(folder / "heldout.arrow")
     if rows.vocab_size != model.config.vocab_size:
@@ -131,22 +137,44 @@ def held_out_prompts(task: PromptTask, packed: Path, model: Transformer) -> list
             f"{folder / 'heldout.arrow'} was packed with {rows.vocab_size} token ids, the model "
             f"has {model.config.vocab_size}; they do not belong together"
         )
+
+    def text_of(piece: dict[str, Any]) -> NDArray[np.int64]:
+        start = piece["start"] + 1
+        return rows.rows([piece["row"]]).token_ids[0, start : piece["start"] + piece["n_tokens"]]
+
     pieces = read_table(folder / "heldout.pieces.parquet", PIECES).to_pylist()
-    enough = 1 + task.prompt_tokens + REST
-    found = [piece for piece in pieces if piece["part"] == 0 and piece["n_tokens"] >= enough]
+    pieces = [piece for piece in pieces if piece["part"] == 0]
+    if task.prompt_tokens is not None:
+        shown = [task.prompt_tokens] * len(pieces)
+        wanted, rest = f"{task.prompt_tokens} prompt tokens and {REST} more", REST
+    else:
+        assert task.prompt_lines is not None, "a prompt is so many tokens, or so many lines"
+        n_ends = line_ends(tokenizer)
+        shown = [
+            1 + int(np.searchsorted(n_ends[text_of(piece)].cumsum(), task.prompt_lines))
+            for piece in pieces
+        ]
+        wanted, rest = f"{task.prompt_lines} lines and more behind them", 1
+    found = [
+        (piece, count)
+        for piece, count in zip(pieces, shown, strict=True)
+        if piece["n_tokens"] >= 1 + count + rest
+    ]
     if len(found) < task.prompts:
         raise ConfigError(
-            f"prompts={task.prompts}: only {len(found)} held-out documents have "
-            f"{task.prompt_tokens} prompt tokens and {REST} more; lower prompts or prompt_tokens, "
-            "or hold out more text"
+            f"prompts={task.prompts}: only {len(found)} held-out documents have {wanted}; "
+            "lower prompts, show less of a document, or hold out more text"
         )
-    prompts = []
-    for request, index in enumerate(spread(len(found), task.prompts)):
-        piece = found[index]
-        start = piece["start"] + 1
-        ids = rows.rows([piece["row"]]).token_ids[0, start : start + task.prompt_tokens]
-        prompts.append(Prompt(request, piece["doc_id"], ids))
-    return prompts
+    return [
+        Prompt(request, found[index][0]["doc_id"], text_of(found[index][0])[: found[index][1]])
+        for request, index in enumerate(spread(len(found), task.prompts))
+    ]
+
+
+def line_ends(tokenizer: TextTokenizer) -> NDArray[np.int64]:
+    """How many newlines each token holds: [V]."""
+    pieces = tokenizer.token_strings(range(tokenizer.vocab_size))
+    return np.array([piece.count("\n") for piece in pieces])
 
 
 def samples_table(samples: Sequence[Sample], tokenizer: TextTokenizer) -> pa.Table:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
@@ -29,8 +29,21 @@ class ContinuationTask(ConfigModel):
     """Held-out documents used, spread evenly over those that are long enough."""
     prompt_tokens: int = Field(default=32, ge=1)
     """Tokens of the document shown."""
+    prompt_lines: ClassVar[None] = None
     new_tokens: int = Field(default=64, ge=1)
     """Tokens to generate."""
+
+
+class ListsTask(ConfigModel):
+    """Answer held-out list-editing documents; what is right is known word by word."""
+
+    kind: Literal["lists"] = "lists"
+    prompts: int = Field(default=200, ge=1)
+    """Held-out documents used, spread evenly over the split."""
+    prompt_tokens: ClassVar[None] = None
+    prompt_lines: ClassVar[int] = 2
+    new_tokens: int = Field(default=32, ge=1)
+    """Tokens to generate at most; an answer ends with its document."""
 
 
 class ScoringConfig(ConfigModel):
@@ -42,6 +55,6 @@ class ScoringConfig(ConfigModel):
     """CPU threads."""
 
 
-Task = Annotated[LikelihoodTask | ContinuationTask, Field(discriminator="kind")]
-GENERATIVE_KINDS = ("continuation",)
+Task = Annotated[LikelihoodTask | ContinuationTask | ListsTask, Field(discriminator="kind")]
+GENERATIVE_KINDS = ("continuation", "lists")
 """Task kinds that need a decoder."""

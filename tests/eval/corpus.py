@@ -7,6 +7,7 @@ block. Every document ends with its closing token; some are longer than a row.
 from __future__ import annotations
 
 import sysconfig
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -52,10 +53,16 @@ def texts() -> list[str]:
     return found
 
 
-def build_corpus(root: Path, *, segmenter: ConfigModel, row_length: int = L) -> Corpus:
-    """Documents to packed rows below `root`."""
+def build_corpus(
+    root: Path,
+    *,
+    segmenter: ConfigModel,
+    row_length: int = L,
+    everything: Sequence[str] | None = None,
+) -> Corpus:
+    """Documents to packed rows below `root`: `texts()`, or those given."""
     torch.set_num_threads(1)
-    everything = texts()
+    everything = everything or texts()
     for split, part in (("train", everything[::2]), ("heldout", everything[1::2])):
         rows = [
             {

@@ -10,7 +10,7 @@ import pytest
 from abf.artifacts import DOCUMENT_SCORES, SCORES, read_table
 from abf.base import build
 from abf.config import members
-from abf.eval.config import GENERATIVE_KINDS, ContinuationTask, LikelihoodTask, ScoringConfig, Task
+from abf.eval.config import GENERATIVE_KINDS, LikelihoodTask, ScoringConfig, Task
 from abf.eval.score import score
 from abf.train.config import ArObjective, BlockObjective, Objective
 from tests.eval.corpus import Corpus
@@ -103,4 +103,6 @@ def test_contract_of_every_task_kind(cls: type) -> None:
     task = build(cfg)
     assert isinstance(task.version, int)
     assert callable(task.measure)
-    assert (cfg.kind in GENERATIVE_KINDS) == isinstance(cfg, ContinuationTask)
+    assert (cfg.kind in GENERATIVE_KINDS) == hasattr(cfg, "new_tokens")
+    if cfg.kind in GENERATIVE_KINDS:
+        assert (cfg.prompt_tokens is None) != (cfg.prompt_lines is None)
