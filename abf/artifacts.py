@@ -123,6 +123,7 @@ EVENTS = _schema(
     ("old_id", _i32),
     ("new_id", _i32),
     ("prob", _f32),
+    ("gate", _f32),
     ("entropy", _f32),
     ("threshold", _f32),
     ("length", _i32),
@@ -131,8 +132,9 @@ EVENTS = _schema(
     ("state_hash", _str),
     ("wall_s", _f64),
 )
-"""`decode/.../trace.arrows` (IPC stream, flushed per block): types PROMPT, OPEN, INSERT, FILL,
-COMMIT, COMPLETE, FORCED_COMPLETE, KV_WRITE, END; -1 and NaN stand for "does not apply"."""
+"""`decode/.../trace.arrows` (IPC stream, flushed per block): types and their fields are in
+`abf.decode.events`; gate is the edit heads' word beside prob (probability, or tokens missing); -1
+and NaN stand for "does not apply"."""
 
 SCORES = pa.schema(
     [

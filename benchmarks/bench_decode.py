@@ -29,7 +29,7 @@ from abf.decode.replay import replay
 from abf.decode.request import Prompt, RequestState
 from abf.decode.strategy.ar import Ar
 from abf.decode.trace import TraceWriter
-from abf.decode.view import Action, BlockSummary, BlockView, Commit, RequestMeta
+from abf.decode.view import Action, BlockSummary, BlockView, RequestMeta, Tokens
 from abf.model.config import ModelConfig
 from abf.model.transformer import Transformer
 from benchmarks.statistics import Row, ratio_row
@@ -62,6 +62,8 @@ class Endless(Transformer):
 class Forced:
     """Commit the k surest masks a step."""
 
+    needs_edits = timed = False
+
     def __init__(self, k: int) -> None:
         self.k = k
 
@@ -72,7 +74,7 @@ class Forced:
         """The k surest, or what is left."""
         count = min(self.k, int(view.is_mask.sum()))
         surest = np.argsort(np.where(view.is_mask, -view.confidence, np.inf))[:count]
-        return Action(Commit(view.uids[surest], view.token[surest]))
+        return Action(commit=Tokens(view.uids[surest], view.token[surest]))
 
     def end_block(self, summary: BlockSummary, state: None) -> None:
         """Nothing to forget."""

@@ -75,12 +75,14 @@ class Layout:
     """Ids of each request's rows."""
     read: NDArray[np.intp]
     """[R] flat rows in B*M whose states are needed."""
-    which: NDArray[np.intp]
-    """[masked slots] request of each masked slot."""
-    slot: NDArray[np.intp]
-    """[masked slots] its place in the block."""
+    open: list[int]
+    """Requests with an open block."""
+    slots: list[NDArray[np.intp]]
+    """Slots of each that are to be predicted, ascending."""
     source: NDArray[np.intp]
-    """[masked slots] number of the row that predicts it."""
+    """[slots of all] number of the row that predicts each."""
+    own: list[NDArray[np.intp]]
+    """Numbers of each open block's own rows, its end's last; empty unless edits are read."""
     closing: list[int]
     """Requests whose closed block is written."""
     audit: NDArray[np.intp]
@@ -89,31 +91,41 @@ class Layout:
     """[closing] number of each closing request's last row."""
 
 
-def layout(requests: Sequence[RequestState], *, shift: bool, end_id: int | None = None) -> Layout:
+def layout(
+    requests: Sequence[RequestState], *, shift: bool, end_id: int | None = None, edits: bool = False
+) -> Layout:
     """Rows of the next forward pass; an open block ends with `end_id` where the model knows one.
 
     A masked slot is read from its own row or, with `shift`, from the row before it; a block's first
-    slot then from the last committed token (`abf.diffusion.layout.two_stream` in training).
+    slot then from the last committed token (`abf.diffusion.layout.two_stream` in training). With
+    `edits` every live slot is predicted, and read at its own row as well, as is the block's end.
     """
-    reads, which, slots, sources, closing, audits, lasts = ([] for _ in range(7))
+    reads, slots, sources, owns, open_, closing, audits, lasts = ([] for _ in range(8))
     sent = [_ids(state, end_id) for state in requests]
     number, width = 0, max(len(ids) for ids in sent)
-    before = sum(_count(state, shift) for state in requests)
-    for row, (state, ids) in enumerate(zip(requests, sent, strict=True)):
+    wanted = [_wanted(state, edits) for state in requests]
+    before = sum(
+        _count(state, want, shift, edits) for state, want in zip(requests, wanted, strict=True)
+    )
+    for row, (state, ids, want) in enumerate(zip(requests, sent, wanted, strict=True)):
         if state.closing is not None:
             read = np.arange(len(ids))
             closing.append(row)
             audits.append(np.concatenate([[before + row], number + read[:-1]]))
             lasts.append(number + len(ids) - 1)
         else:
-            assert state.block is not None
-            masked = state.block.masked()
-            inside = masked > 0 if shift else np.ones(len(masked), dtype=bool)
-            read = masked[inside] - shift
-            source = np.full(len(masked), before + row)
-            source[inside] = number + np.arange(len(read))
-            which.append(np.full(len(masked), row))
-            slots.append(masked)
+            inside = want > 0 if shift else np.ones(len(want), dtype=bool)
+            source = np.full(len(want), before + row)
+            if edits:
+                read = np.append(want, len(ids) - 1)
+                source[inside] = number + want[inside] - shift
+                owns.append(number + np.arange(len(read)))
+            else:
+                read = want[inside] - shift
+                source[inside] = number + np.arange(len(read))
+                owns.append(np.zeros(0, dtype=np.intp))
+            open_.append(row)
+            slots.append(want)
             sources.append(source)
         reads.append(row * width + read)
         number += len(read)
@@ -121,9 +133,10 @@ def layout(requests: Sequence[RequestState], *, shift: bool, end_id: int | None 
     return Layout(
         sent=sent,
         read=_joined(reads),
-        which=_joined(which),
-        slot=_joined(slots),
+        open=open_,
+        slots=slots,
         source=_joined(sources),
+        own=owns,
         closing=closing,
         audit=_joined(audits),
         last=np.array(lasts, dtype=np.intp),
@@ -137,13 +150,20 @@ def _ids(state: RequestState, end_id: int | None) -> NDArray[np.int32]:
     return state.block.ids if end_id is None else np.append(state.block.ids, np.int32(end_id))
 
 
-def _count(state: RequestState, shift: bool) -> int:
+def _wanted(state: RequestState, edits: bool) -> NDArray[np.intp]:
+    """Slots of a request that are to be predicted."""
+    if state.block is None:
+        return np.zeros(0, dtype=np.intp)
+    return np.arange(state.block.live) if edits else state.block.masked()
+
+
+def _count(state: RequestState, wanted: NDArray[np.intp], shift: bool, edits: bool) -> int:
     """Rows read of a request."""
     if state.closing is not None:
         return state.closing.live
-    assert state.block is not None
-    masked = state.block.masked()
-    return int((masked > 0).sum()) if shift else len(masked)
+    if edits:
+        return len(wanted) + 1
+    return int((wanted > 0).sum()) if shift else len(wanted)
 
 
 def _joined(parts: list[NDArray[np.intp]]) -> NDArray[np.intp]:

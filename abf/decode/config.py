@@ -24,7 +24,38 @@ class ThresholdStrategy(ConfigModel):
     """Confidence: probability of the chosen token before temperature."""
 
 
-Strategy = Annotated[ArStrategy | ThresholdStrategy, Field(discriminator="kind")]
+Operation = Literal["fill", "insert", "substitute", "delete"]
+
+
+class AbfStrategy(ConfigModel):
+    """Fill, insert, substitute and delete until the block is whole; lock; complete."""
+
+    kind: Literal["abf"] = "abf"
+    operations: tuple[Operation, ...] = ("fill", "insert", "substitute", "delete")
+    """What may be done; `fill` is always among them."""
+    fill: float = Field(default=0.9, ge=0, le=1)
+    """Fill masks whose token has this probability before temperature, else the surest one."""
+    substitute: float = Field(default=0.5, ge=0, le=1)
+    """Exchange a token where P(revise) times the best other token's probability reaches this."""
+    delete: float = Field(default=0.5, ge=0, le=1)
+    """Take out a slot with this probability that nothing belongs there."""
+    insert: float = Field(default=0.5, gt=0)
+    """Insert where so many tokens are missing between two tokens."""
+    max_insert: int = Field(default=8, ge=1)
+    """Most masks inserted between two tokens at once."""
+    lock_after: int | None = Field(default=None, ge=1)
+    """Steps without change after which a token is locked; none locks at completion only."""
+    complete: float = Field(default=0.5, ge=0, le=1)
+    """Probability that the block is whole at which it may be closed; 0 does not ask."""
+
+    def model_post_init(self, context: object) -> None:
+        if "fill" not in self.operations or len(set(self.operations)) < len(self.operations):
+            raise ValueError(
+                f"operations={list(self.operations)} must name `fill`, and each one once"
+            )
+
+
+Strategy = Annotated[ArStrategy | ThresholdStrategy | AbfStrategy, Field(discriminator="kind")]
 
 
 class FixedExtent(ConfigModel):
@@ -59,7 +90,7 @@ class DecoderConfig(ConfigModel):
     """One way of generating text with a trained model."""
 
     strategy: Strategy
-    """What to commit at a step."""
+    """What to commit or edit at a step."""
     extent: Extent | None = None
     """How long the next block is; none for `ar`."""
     sampler: SamplerConfig = SamplerConfig()
@@ -68,6 +99,11 @@ class DecoderConfig(ConfigModel):
     """Requests decoded side by side."""
     max_steps_per_block: int = Field(default=256, ge=1)
     """Forced end of a block that makes no progress."""
+    edits_per_slot: int = Field(default=4, ge=0)
+    """How often one slot's token may be substituted."""
+    reopen: float | None = Field(default=None, le=0)
+    """Nats: a block whose mean AR log-probability is below is opened once more, with masks for the
+    tokens below; none leaves it as it is."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """`auto` is resolved once when the run is planned."""
     threads: Threads = 1

@@ -1,9 +1,10 @@
 """The batched decoding engine: it owns tokens, forward passes, the cache and the randomness.
 
 Requests of different context and block lengths run side by side. One forward pass serves them all:
-a request whose block still holds masks sends its block (every row sees the whole block), one whose
-block was just closed sends the delivered tokens (causal, an ordinary AR pass that fills the cache
-and audits them). So no request waits for another, and finished ones leave the batch.
+a request with an open block sends it (every row sees the whole block), one whose block was just
+closed sends the delivered tokens (causal, an ordinary AR pass that fills the cache and audits them;
+a block that fails its audit may be opened once more). So no request waits for another, and finished
+ones leave the batch.
 
 Letters: B requests, M rows of the longest, R rows read, d width, V vocabulary. NFE counts the
 forward passes a request sends rows to, prefill apart; positions are those rows; the padding of
@@ -13,7 +14,6 @@ shorter requests is not counted.
 from __future__ import annotations
 
 import contextlib
-import itertools
 import time
 from collections.abc import Sequence
 from typing import Literal
@@ -23,10 +23,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from abf.base import build
 from abf.decode.batch import Batch, Layout, MixedAttend, layout, pad
-from abf.decode.config import DecoderConfig, FixedExtent, SamplerConfig
-from abf.decode.decide import block_view, step
+from abf.decode.config import SamplerConfig
+from abf.decode.decide import step
+from abf.decode.observe import Limits, block_view
 from abf.decode.request import Prompt, RequestState, Sample
 from abf.decode.sampler import propose
 from abf.decode.trace import TraceWriter
@@ -37,9 +37,8 @@ from abf.model.attention import CacheAttend
 from abf.model.cache import KVCache
 from abf.model.config import AttentionBackend
 from abf.model.transformer import Transformer
-from abf.track.progress import Progress
 
-EXTENT_STREAM, TOKEN_STREAM = 1, 2
+EXTENT_STREAM, TOKEN_STREAM, EDIT_STREAM = 1, 2, 3
 """First counter of the engine's random numbers: what a draw is for."""
 
 
@@ -48,13 +47,16 @@ class Engine:
 
     Args:
         model: the transformer; its device is used.
-        strategy: what to commit.
+        strategy: what to commit or edit.
         extent: how long a block is.
         sampler: token choice.
         shift: a slot is read from the state before it, a block's first slot from the last committed
             token; else from its own state.
         seed: with the request, block, step and slot it fixes every random number.
         max_steps: decisions a block may take.
+        edits_per_slot: how often one slot may be substituted.
+        reopen: a closed block is opened once more, with masks for the tokens below this, where its
+            mean AR log-probability (nats) is below it.
         backend: attention back end.
         precision: `fp32` or `bf16`.
         clean_stream: `context_causal`, a closed block is written causally; `block_causal`, its rows
@@ -71,6 +73,8 @@ class Engine:
         shift: bool,
         seed: int,
         max_steps: int = 256,
+        edits_per_slot: int = 4,
+        reopen: float | None = None,
         backend: AttentionBackend = "reference",
         precision: str = "fp32",
         clean_stream: Literal["context_causal", "block_causal"] = "context_causal",
@@ -80,8 +84,10 @@ class Engine:
                 f"decoders.*.precision={precision!r} was not resolved when the run was planned; "
                 "give fp32 or bf16"
             )
+        assert model.config.edit_heads or not strategy.needs_edits, "the model has no edit heads"
         self.model, self.strategy, self.extent, self.sampler = model, strategy, extent, sampler
-        self.shift, self.seed, self.max_steps = shift, seed, max_steps
+        self.shift, self.seed, self.reopen = shift, seed, reopen
+        self.limits = Limits(max_steps, model.max_block, edits_per_slot)
         self.backend: AttentionBackend = backend
         self.causal = clean_stream == "context_causal"
         self.dtype = torch.bfloat16 if precision == "bf16" else torch.float32
@@ -161,9 +167,9 @@ class Engine:
         if not opening:
             return
         probs: Sequence[NDArray[np.float64] | None] = [None] * len(opening)
+        least = 0 if self.strategy.timed else 1
         if self.extent.needs_lengths:
-            # Whoever cannot insert needs a slot to begin with.
-            logits = self.model.length_logits(batch.last_state[opening])[:, 1:].double()
+            logits = self.model.length_logits(batch.last_state[opening])[:, least:].double()
             probs = list(torch.softmax(logits, dim=-1).cpu().numpy())
         for row, length_probs in zip(opening, probs, strict=True):
             state = batch.requests[row]
@@ -174,9 +180,10 @@ class Engine:
                 tokens_left=state.tokens_left,
                 length_probs=length_probs,
                 uniform=float(uniform(EXTENT_STREAM, self.seed, number, state.blocks)),
+                least=least,
             )
             length = self.extent.next_extent(view).length
-            assert length >= 1, f"{type(self.extent).__name__} opened nothing"
+            assert length >= least, f"{type(self.extent).__name__} opened nothing"
             state.open(min(length, state.tokens_left))
 
     def _decide_known(self, batch: Batch) -> None:
@@ -185,19 +192,22 @@ class Engine:
         With shift that row is the last committed token's, so a forward pass could tell no more:
         blocks of one slot cost one pass a token, the AR model's price.
         """
+        if not self.shift or self.strategy.needs_edits:
+            return
         rows = [
             row
             for row, state in enumerate(batch.requests)
             if state.block is not None and state.block.masked().tolist() == [0]
         ]
-        if self.shift and rows:
-            which, slot = np.array(rows), np.zeros(len(rows), dtype=np.intp)
-            self._decide(batch, which, slot, batch.last_logits[rows])
+        if rows:
+            slots = [np.zeros(1, dtype=np.intp)] * len(rows)
+            self._decide(batch, rows, slots, batch.last_logits[rows])
 
     def _forward(self, batch: Batch) -> int:
         """One pass for everyone; how many tokens of closed blocks it wrote to the cache."""
         end = self.model.end_id if self.model.config.edit_heads else None
-        plan = layout(batch.requests, shift=self.shift, end_id=end)
+        edits = self.strategy.needs_edits
+        plan = layout(batch.requests, shift=self.shift, end_id=end, edits=edits)
         ids, lengths = pad(plan.sent, self.device)
         for state, sent in zip(batch.requests, plan.sent, strict=True):
             state.nfe += 1
@@ -210,17 +220,20 @@ class Engine:
         positions = batch.cache.lengths[:, None] + torch.arange(ids.shape[1], device=self.device)
         states = self.model.hidden(ids, positions, attend, rows=self._tensor(plan.read))
         logits = torch.cat((self.model.logits(states).float(), batch.last_logits))
-        if plan.closing:
-            self._close(batch, plan, states, logits)
-        if len(plan.slot):
-            self._decide(batch, plan.which, plan.slot, logits[self._tensor(plan.source)])
-        return len(plan.audit)
+        written = self._close(batch, plan, states, logits) if plan.closing else 0
+        if plan.open:
+            raw = None
+            if edits:
+                own = self._tensor(np.concatenate(plan.own))
+                raw = self.model.edits(states[own]).float().cpu().split([*map(len, plan.own)])
+            source = self._tensor(plan.source)
+            self._decide(batch, plan.open, plan.slots, logits[source], raw)
+        return written
 
-    def _close(self, batch: Batch, plan: Layout, states: Tensor, logits: Tensor) -> None:
-        """Cache the closed blocks, audit their tokens, keep what the next blocks start from."""
-        lengths = np.zeros(len(batch.requests), dtype=np.int64)
-        lengths[plan.closing] = [len(plan.sent[row]) for row in plan.closing]
-        batch.cache.commit(self._tensor(lengths))
+    def _close(self, batch: Batch, plan: Layout, states: Tensor, logits: Tensor) -> int:
+        """Cache the closed blocks, audit their tokens, keep what the next blocks start from; open
+        again what fails the audit. How many tokens were written."""
+        sizes = [len(plan.sent[row]) for row in plan.closing]
         if self.causal:
             before = logits[self._tensor(plan.audit)]
             target = self._tensor(np.concatenate([plan.sent[r] for r in plan.closing]))
@@ -228,75 +241,80 @@ class Engine:
             audit = (picked - before.logsumexp(dim=-1)).cpu().numpy().astype(np.float64)
         else:
             audit = np.full(len(plan.audit), np.nan)
-        last = self._tensor(plan.last)
-        batch.last_state[plan.closing] = states[last]
-        batch.last_logits[plan.closing] = logits[last]
-        parts = np.split(audit, np.cumsum(lengths[plan.closing])[:-1])
-        for row, log_probs in zip(plan.closing, parts, strict=True):
-            batch.requests[row].written(log_probs)
+        parts = np.split(audit, np.cumsum(sizes)[:-1])
+        lengths = np.zeros(len(batch.requests), dtype=np.int64)
+        kept = np.ones(len(plan.closing), dtype=bool)
+        for number, (row, log_probs) in enumerate(zip(plan.closing, parts, strict=True)):
+            state = batch.requests[row]
+            assert state.closing is not None
+            if (
+                self.reopen is not None
+                and log_probs.mean() < self.reopen
+                and not state.closing.reopened
+            ):
+                state.reopen(log_probs < self.reopen, log_probs, self.reopen)
+                kept[number] = False
+                continue
+            lengths[row] = len(log_probs)
+            state.written(log_probs)
+        rows, last = np.array(plan.closing)[kept], self._tensor(plan.last[kept])
+        batch.last_state[rows], batch.last_logits[rows] = states[last], logits[last]
+        batch.cache.commit(self._tensor(lengths))
+        return int(lengths.sum())
 
     def _decide(
-        self, batch: Batch, which: NDArray[np.intp], slot: NDArray[np.intp], logits: Tensor
+        self,
+        batch: Batch,
+        rows: list[int],
+        slots: list[NDArray[np.intp]],
+        logits: Tensor,
+        edits: Sequence[Tensor] | None = None,
     ) -> None:
-        """Let the strategy act on every request that has rows here.
+        """Let the strategy act on some requests.
 
         Args:
             batch: the requests.
-            which: [R] request of each row, ascending.
-            slot: [R] masked slot of each row, ascending within a request.
-            logits: [R, V].
+            rows: which of them, ascending.
+            slots: of each, the slots that were predicted, ascending.
+            logits: [R, V], of all their slots.
+            edits: of each, [n+1, E], if the strategy needs it.
         """
+        counts = [len(part) for part in slots]
         uniforms = None
         if self.sampler.temperature > 0:
-            states = (batch.requests[row] for row in which)
+            states = (batch.requests[row] for row in rows)
             keys = [(s.prompt.request, s.blocks, s.block.step) for s in states if s.block]
-            uniforms = uniform(TOKEN_STREAM, self.seed, *np.array(keys).T, slot)
+            each = np.array(keys).repeat(counts, axis=0)
+            uniforms = uniform(TOKEN_STREAM, self.seed, *each.T, np.concatenate(slots))
         proposals = propose(logits, self.sampler, uniforms)
-        bounds = np.flatnonzero(np.diff(which, prepend=-1, append=-1))
-        for a, b in itertools.pairwise(bounds.tolist()):
-            state = batch.requests[which[a]]
-            view = block_view(state, slot[a:b], proposals.rows(a, b), max_steps=self.max_steps)
+        stops = np.cumsum(counts).tolist()
+        for number, (row, stop, slot) in enumerate(zip(rows, stops, slots, strict=True)):
+            state = batch.requests[row]
+            view = block_view(
+                state,
+                slot,
+                proposals.rows(stop - len(slot), stop),
+                limits=self.limits,
+                edits=None if edits is None else edits[number],
+                uniforms=self._uniforms(state) if self.strategy.timed else None,
+                timed=self.strategy.timed,
+            )
             step(state, view, self.strategy)
+
+    def _uniforms(self, state: RequestState) -> NDArray[np.float64]:
+        """Three random numbers for each slot and gap of the active block at its step, [n+1, 3]."""
+        block = state.block
+        assert block is not None
+        gap = np.arange(block.live + 1)[:, None]
+        return uniform(
+            EDIT_STREAM,
+            self.seed,
+            state.prompt.request,
+            block.number,
+            block.step,
+            gap,
+            np.arange(3),
+        )
 
     def _tensor(self, array: NDArray[np.integer]) -> Tensor:
         return torch.from_numpy(array).to(self.device)
-
-
-def decode(
-    cfg: DecoderConfig,
-    *,
-    model: Transformer,
-    shift: bool,
-    prompts: Sequence[Prompt],
-    new_tokens: int,
-    seed: int,
-    trace: TraceWriter,
-    clean_stream: Literal["context_causal", "block_causal"] = "context_causal",
-    label: str = "decode",
-) -> list[Sample]:
-    """Continue every prompt as the config says, `batch_size` side by side.
-
-    Strategy `ar` is the same engine with blocks of one slot, read from the last committed token
-    whatever `shift` says.
-    """
-    engine = Engine(
-        model,
-        strategy=build(cfg.strategy, room="abf.decode.strategy"),
-        extent=build(cfg.extent or FixedExtent(length=1), room="abf.decode.extent"),
-        sampler=cfg.sampler,
-        shift=shift or cfg.extent is None,
-        seed=seed,
-        max_steps=cfg.max_steps_per_block,
-        backend=cfg.attention,
-        precision=cfg.precision,
-        clean_stream=clean_stream,
-    )
-    samples: list[Sample] = []
-    with Progress(label, len(prompts), unit="prompt") as progress:
-        for start in range(0, len(prompts), cfg.batch_size):
-            part = prompts[start : start + cfg.batch_size]
-            samples += engine.run(part, new_tokens=new_tokens, trace=trace)
-            nfe = sum(sample.nfe for sample in samples)
-            tokens = sum(len(sample.token_ids) for sample in samples)
-            progress.update(len(part), tokens_per_forward=tokens / nfe)
-    return samples

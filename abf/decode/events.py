@@ -22,16 +22,25 @@ from abf.errors import ArtifactError
 
 PHASES = {
     "PROMPT": 0,  # a context token: uid, left_uid, new_id
-    "OPEN": 1,  # a block of `length` slots is opened
-    "INSERT": 1,  # a mask behind left_uid: uid, new_id = MASK
-    "FILL": 2,  # a mask becomes new_id: prob before temperature, entropy, threshold, alternatives
-    "COMMIT": 2,  # a slot is locked
-    "COMPLETE": 3,  # the block is closed; its first `length` slots are delivered
-    "FORCED_COMPLETE": 3,  # the same, by the step cap
+    "OPEN": 1,  # a block of `length` slots is opened, at step -1
+    "INSERT": 1,  # a mask behind left_uid: uid, new_id = MASK, gate = tokens missing there
+    "FILL": 1,  # a mask becomes new_id: prob before temperature, entropy, alternatives, gate = keep
+    "COMMIT": 1,  # a slot is locked
+    "COMPLETE": 3,  # the block is closed; its first `length` slots are delivered; gate = complete
+    "FORCED_COMPLETE": 3,  # the same, before the strategy was done: the step or time cap
     "KV_WRITE": 4,  # a delivered token's keys and values are cached: prob = its AR probability
     "END": 5,  # `length` new tokens in all; new_id = the document token if it closed the text
+    "DELETE": 1,  # a slot that held old_id goes: gate = delete
+    "SUBSTITUTE": 1,  # a token old_id becomes new_id, as in FILL, gate = revise
+    "STALLED_COMPLETE": 3,  # closed, as nothing was left to do and the strategy would not close it
+    "REOPEN": 1,  # the closed block's slots are unlocked: prob = mean AR probability (geometric)
 }
-"""Event types and the group each belongs to; a group is one (block, step, phase) of a request."""
+"""Event types and the group each belongs to; a group is one (block, step, phase) of a request.
+Within a step: DELETE, then SUBSTITUTE and FILL from left to right, INSERT from right to left,
+COMMIT. `threshold` is the bar that was passed; FORCED_COMPLETE, STALLED_COMPLETE: was not."""
+
+CLOSING = ("COMPLETE", "FORCED_COMPLETE", "STALLED_COMPLETE")
+"""Types that close a block."""
 
 TYPES = tuple(PHASES)
 CODE = {name: code for code, name in enumerate(TYPES)}
@@ -49,6 +58,7 @@ _FIELDS: list[tuple[str, str]] = [
     ("old_id", "<i4"),
     ("new_id", "<i4"),
     ("prob", "<f4"),
+    ("gate", "<f4"),
     ("entropy", "<f4"),
     ("threshold", "<f4"),
     ("length", "<i4"),

@@ -1,7 +1,9 @@
 """Fold an event log back into text, checking every step of the way.
 
-Invariants: uids are never reused, only masks are filled, only filled slots are committed, nothing
-delivered is a mask, a block is closed once and every delivered token's keys are written, and the
+Invariants: uids are never reused; only masks are filled and only tokens substituted; a locked slot
+never changes unless its block is reopened; the operations of a step stand in their order, one a
+slot, and nothing is inserted beside what the step deletes; nothing delivered is a mask or unlocked;
+a block is closed once after its last edit and every delivered token's keys are written; and the
 hash chain over events *and* folded states agrees with the log.
 """
 
@@ -15,7 +17,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from abf.decode.events import CODE, PHASE, RECORD, TYPES, from_arrow, link, state_bytes
+from abf.decode.events import CLOSING, CODE, PHASE, RECORD, TYPES, from_arrow, link, state_bytes
 from abf.decode.trace import read_trace
 from abf.errors import ArtifactError
 
@@ -38,68 +40,129 @@ class Folded:
     ended: bool = False
     next_uid: int = 0
     last_uid: int = -1
-    opened: int = 0
+    behind: int = -1
+    """`last_uid` before the block that was closed last."""
+    active: bool = False
+    """A block is open."""
+    due: int = 0
+    """Masks that its opening is still to insert."""
     uids: list[int] = field(default_factory=list)
     ids: list[int] = field(default_factory=list)
-    committed: list[bool] = field(default_factory=list)
+    locked: list[bool] = field(default_factory=list)
     unwritten: list[int] = field(default_factory=list)
+    stage: int = 0
+    """How far the operations of the step have come: deletions, writes, insertions, locks."""
+    place: int = 0
+    """Where the step's next operation may be at the earliest; its next insertion: at the latest."""
+    banned: set[int] = field(default_factory=set)
+    """What stands before the gaps in which the step has deleted."""
+    newest: int = -1
+    """Mask that the step inserted last."""
+    reopening: bool = False
+    """The step reopens the block: it puts masks where it deletes."""
 
     def state(self) -> bytes:
         """The same bytes the engine hashed."""
         closed = len(self.prompt_ids) + len(self.token_ids)
-        return state_bytes(closed, self.uids, self.ids, self.committed)
+        return state_bytes(closed, self.uids, self.ids, self.locked)
 
     def apply(self, kind: int, uid: int, left: int, old: int, new: int, length: int) -> None:
         """Fold one event in; raises _EventError with the rule it breaks."""
         if self.ended:
             raise _EventError("follows the request's END")
-        if kind == _FILL:
-            slot = self._slot(uid)
-            if old != self.mask_id or self.ids[slot] != old:
-                raise _EventError(f"fills uid {uid}, which holds {self.ids[slot]}, not a mask")
-            if not 0 <= new < self.mask_id:
-                raise _EventError(f"fills with id {new}, outside the vocabulary")
+        if kind in _WRITES:
+            slot = self._free(uid, _WRITING)
+            held = self.ids[slot]
+            if old != held or (held == self.mask_id) != (kind == _FILL):
+                raise _EventError(f"writes uid {uid}, which holds {held}, not {old}")
+            if not 0 <= new < self.mask_id or new == old:
+                raise _EventError(f"writes id {new} over {old}")
             self.ids[slot] = new
         elif kind == _COMMIT:
-            slot = self._slot(uid)
-            if self.ids[slot] != new or new == self.mask_id or self.committed[slot]:
+            slot = self._free(uid, _LOCKING)
+            if self.ids[slot] != new or new == self.mask_id:
                 raise _EventError(f"commits {new} at uid {uid}, which holds {self.ids[slot]}")
-            self.committed[slot] = True
+            self.locked[slot] = True
         elif kind == _KV_WRITE:
             if not self.unwritten or self.unwritten.pop(0) != uid:
                 raise _EventError(f"writes keys of uid {uid} out of turn")
             if self.token_ids[len(self.token_ids) - len(self.unwritten) - 1] != new:
                 raise _EventError(f"writes keys of id {new}, which was not delivered")
         elif kind == _INSERT:
-            if len(self.uids) >= self.opened or new != self.mask_id:
-                raise _EventError("inserts beyond the opened extent, or something else than a mask")
-            self._fresh(uid, left, self.uids[-1] if self.uids else self.last_uid)
-            self.uids.append(uid)
-            self.ids.append(new)
-            self.committed.append(False)
+            self._insert(uid, left, new)
+        elif kind == _DELETE:
+            slot = self._free(uid, _DELETING)
+            if old != self.ids[slot]:
+                raise _EventError(f"deletes {old} at uid {uid}, which holds {self.ids[slot]}")
+            if not self.reopening:
+                self.banned.add(self.uids[slot - 1] if slot else self.last_uid)
+            del self.uids[slot], self.ids[slot], self.locked[slot]
         elif kind == _OPEN:
-            if self.uids or self.unwritten or length < 1:
+            if self.active or self.unwritten or length < 0:
                 raise _EventError("opens a block before the one before it was closed and written")
-            self.opened = length
-        elif kind in (_COMPLETE, _FORCED_COMPLETE):
+            self.active, self.due = True, length
+        elif kind in _CLOSING:
             self._complete(length)
+        elif kind == _REOPEN:
+            self._reopen(length)
         elif kind == _PROMPT:
-            if self.opened:
+            if self.active or self.token_ids:
                 raise _EventError("is context after the first block")
             self._fresh(uid, left, self.last_uid)
             self.prompt_ids.append(new)
             self.last_uid = uid
         else:
-            if self.uids or self.unwritten or length != len(self.token_ids):
+            if self.active or self.unwritten or length != len(self.token_ids):
                 raise _EventError(
                     f"ends after {length} new tokens, but {len(self.token_ids)} stand"
                 )
             self.ended = True
 
-    def _slot(self, uid: int) -> int:
-        if len(self.uids) != self.opened or uid not in self.uids:
+    def begin(self) -> None:
+        """A group of events begins."""
+        self.stage, self.place, self.newest, self.reopening = _DELETING, 0, -1, False
+        self.banned.clear()
+
+    def _free(self, uid: int, stage: int) -> int:
+        """Place of a slot that may be changed by an operation of this stage of a step."""
+        if self.due or uid not in self.uids:
             raise _EventError(f"touches uid {uid}, no slot of the active block")
-        return self.uids.index(uid)
+        slot = self.uids.index(uid)
+        if self.locked[slot]:
+            raise _EventError(f"touches uid {uid}, which is locked")
+        self._advance(stage)
+        if slot < self.place:
+            raise _EventError(f"touches uid {uid} a second time, or out of order")
+        self.place = slot + (stage != _DELETING)
+        return slot
+
+    def _advance(self, stage: int) -> None:
+        if stage < self.stage:
+            raise _EventError("comes after a later operation of its step")
+        if stage > self.stage:
+            self.stage, self.place = stage, len(self.uids) + 1 if stage == _INSERTING else 0
+
+    def _insert(self, uid: int, left: int, new: int) -> None:
+        if not self.active or new != self.mask_id:
+            raise _EventError("inserts without an open block, or something else than a mask")
+        end = self.uids[-1] if self.uids else self.last_uid
+        if self.due:
+            self._fresh(uid, left, end)
+            self.due -= 1
+            at = len(self.uids)
+        else:
+            self._advance(_INSERTING)
+            if left not in (self.last_uid, *self.uids):
+                raise _EventError(f"inserts behind uid {left}, no slot of the active block")
+            at = 0 if left == self.last_uid else self.uids.index(left) + 1
+            if (left != self.newest and at >= self.place) or left in self.banned:
+                raise _EventError(f"inserts behind uid {left}, where it may not")
+            self.place = min(self.place, at)
+            self._fresh(uid, left, left)
+            self.newest = uid
+        self.uids.insert(at, uid)
+        self.ids.insert(at, new)
+        self.locked.insert(at, False)
 
     def _fresh(self, uid: int, left: int, before: int) -> None:
         if uid != self.next_uid or left != before:
@@ -109,21 +172,33 @@ class Folded:
         self.next_uid += 1
 
     def _complete(self, length: int) -> None:
-        if not self.uids or not 1 <= length <= len(self.uids):
+        if not self.active or self.due or not 1 <= length <= len(self.uids):
             raise _EventError(f"delivers {length} of {len(self.uids)} slots")
-        if not all(self.committed[:length]):
+        if not all(self.locked[:length]):
             raise _EventError("delivers a slot that was not committed")
         self.token_ids += self.ids[:length]
         self.block_lengths.append(length)
         self.unwritten = self.uids[:length]
-        self.last_uid = self.uids[length - 1]
-        self.uids, self.ids, self.committed = [], [], []
+        self.behind, self.last_uid = self.last_uid, self.uids[length - 1]
+        self.active, self.uids, self.ids, self.locked = False, [], [], []
+
+    def _reopen(self, length: int) -> None:
+        if self.active or not self.unwritten or len(self.unwritten) != self.block_lengths[-1]:
+            raise _EventError("reopens a block that was not just closed")
+        if length != self.block_lengths.pop():
+            raise _EventError(f"reopens {length} slots of {len(self.unwritten)}")
+        self.uids, self.unwritten = self.unwritten, []
+        self.ids, self.token_ids = self.token_ids[-length:], self.token_ids[:-length]
+        self.locked, self.active, self.last_uid = [False] * length, True, self.behind
+        self.reopening = True
 
 
 _OPEN, _INSERT, _FILL = CODE["OPEN"], CODE["INSERT"], CODE["FILL"]
 _COMMIT, _PROMPT = CODE["COMMIT"], CODE["PROMPT"]
-_COMPLETE, _FORCED_COMPLETE = CODE["COMPLETE"], CODE["FORCED_COMPLETE"]
-_KV_WRITE = CODE["KV_WRITE"]
+_DELETE, _REOPEN, _KV_WRITE = CODE["DELETE"], CODE["REOPEN"], CODE["KV_WRITE"]
+_DELETING, _WRITING, _INSERTING, _LOCKING = range(4)
+_WRITES = (_FILL, CODE["SUBSTITUTE"])
+_CLOSING = tuple(CODE[name] for name in CLOSING)
 
 
 def replay(path: Path) -> dict[int, list[int]]:
@@ -169,6 +244,8 @@ def fold(table: pa.Table, *, mask_id: int, where: str) -> dict[int, Folded]:
             digest = link(digest, data[row * size : (row + 1) * size], before)
             if digest.hex() != logged:
                 raise _EventError("does not fit the hash chain: it, or the state, was altered")
+            if first:
+                state.begin()
             state.apply(kind, uid, left, old, new, length)
         except _EventError as error:
             block, step = int(events["block"][row]), int(events["step"][row])

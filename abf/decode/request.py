@@ -1,7 +1,7 @@
 """Requests: what is asked, what is delivered, and the explicit state in between.
 
-Letters: n slots of the active block, m slots committed at once. Token counts are new tokens unless
-said otherwise; the opening document token is context.
+Letters: n slots of the active block. Token counts are new tokens unless said otherwise; the opening
+document token is context.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from abf.decode.events import CODE, blank, state_bytes
+from abf.decode.edits import ActiveBlock, Edits, masks
+from abf.decode.events import blank, state_bytes
 from abf.decode.trace import TraceWriter
 
 
@@ -50,34 +51,17 @@ class Sample:
     dropped: int
     """Slots opened behind the document token and thrown away."""
     forced_blocks: int
-    """Blocks closed by the step cap."""
+    """Blocks closed before the strategy was done with them: by the step cap, or by its clock."""
+    stalled_blocks: int
+    """Blocks closed because nothing was left to do, though the strategy would not close them."""
+    oscillating_blocks: int
+    """Blocks that came back to a text they had been before."""
+    reopened_blocks: int
+    """Blocks opened once more after their audit."""
+    edits: dict[str, int]
+    """How many events of each type changed the text; masks of an opening are not counted."""
     wall_s: float
     """Its share of the time its batches took."""
-
-
-@dataclass
-class ActiveBlock:
-    """Slots being denoised."""
-
-    number: int
-    uids: NDArray[np.int32]
-    ids: NDArray[np.int32]
-    committed: NDArray[np.bool_]
-    commit_step: NDArray[np.int32]
-    commit_confidence: NDArray[np.float32]
-    live: int
-    """Slots that still count: up to the first committed document token."""
-    step: int = 0
-    forced: bool = False
-
-    @property
-    def delivered(self) -> NDArray[np.int32]:
-        """Ids of the live slots, [live]."""
-        return self.ids[: self.live]
-
-    def masked(self) -> NDArray[np.intp]:
-        """Slots still to be committed."""
-        return np.flatnonzero(~self.committed[: self.live])
 
 
 @dataclass
@@ -105,6 +89,12 @@ class RequestState:
     positions: int = 0
     dropped: int = 0
     forced_blocks: int = 0
+    stalled_blocks: int = 0
+    oscillating_blocks: int = 0
+    reopened_blocks: int = 0
+    edits: dict[str, int] = field(
+        default_factory=lambda: dict.fromkeys(("FILL", "SUBSTITUTE", "DELETE", "INSERT"), 0)
+    )
     wall_s: float = 0.0
     finished: bool = False
 
@@ -130,59 +120,49 @@ class RequestState:
         events = blank(1 + length, "INSERT")
         events[:1] = blank(1, "OPEN", length=length)
         events["uid"][1:], events["new_id"][1:] = uids, self.mask_id
-        events["left_uid"][1], events["left_uid"][2:] = self.last_uid, uids[:-1]
+        events["left_uid"][1:2], events["left_uid"][2:] = self.last_uid, uids[:-1]
         self._log(events, -1)
         self.next_uid += length
         self.block = ActiveBlock(
             number=self.blocks,
-            uids=uids,
-            ids=np.full(length, self.mask_id, dtype=np.int32),
-            committed=np.zeros(length, dtype=bool),
-            commit_step=np.full(length, -1, dtype=np.int32),
-            commit_confidence=np.full(length, np.nan, dtype=np.float32),
+            slots=masks(uids, self.mask_id, step=-1),
             live=length,
+            mask_id=self.mask_id,
+            opened=length,
         )
 
-    def commit(
-        self,
-        slots: NDArray[np.intp],
-        tokens: NDArray[np.integer],
-        *,
-        prob: NDArray[np.floating],
-        entropy: NDArray[np.floating],
-        alt_ids: NDArray[np.integer],
-        alt_probs: NDArray[np.floating],
-        threshold: float,
-    ) -> None:
-        """Fill and lock masks: slots, tokens, prob, entropy [m]; alternatives [m, k]."""
+    def apply(self, edits: Edits) -> None:
+        """Do one step's operations on the active block."""
         block = self.block
         assert block is not None
-        m, k = len(slots), alt_ids.shape[1]
-        events = blank(2 * m, "COMMIT")
-        fill = events[:m]
-        fill["type"], fill["old_id"] = CODE["FILL"], self.mask_id
-        fill["entropy"], fill["threshold"] = entropy, threshold
-        fill["alt_ids"][:, :k], fill["alt_probs"][:, :k] = alt_ids, alt_probs
-        for part in (fill, events[m:]):
-            part["uid"], part["new_id"], part["prob"] = block.uids[slots], tokens, prob
-        self._log(events, block.step)
-        block.ids[slots] = tokens
-        block.committed[slots] = True
-        block.commit_step[slots] = block.step
-        block.commit_confidence[slots] = prob
-        ends = slots[tokens == self.document_id]
-        if len(ends):
-            block.live = min(block.live, int(ends.min()) + 1)
+        self._edit(block, edits, None)
         block.step += 1
 
-    def complete(self) -> ActiveBlock:
-        """Close the block: deliver its live slots, drop the others."""
+    def complete(self, *, gate: float = float("nan"), threshold: float = float("nan")) -> None:
+        """Close the block; `gate` is the probability that it is complete, `threshold` the bar."""
         block = self.block
         assert block is not None
-        assert block.committed[: block.live].all(), "a delivered slot is still masked"
-        kind = "FORCED_COMPLETE" if block.forced else "COMPLETE"
-        self._log(blank(1, kind, length=block.live), block.step)
+        assert block.live, "a block of nothing is delivered"
+        assert block.locked[: block.live].all(), "a delivered slot is not locked"
+        kind = "STALLED_COMPLETE" if block.stalled else "COMPLETE"
+        kind = "FORCED_COMPLETE" if block.forced else kind
+        event = blank(1, kind, length=block.live, gate=gate, threshold=threshold)
+        self._log(event, block.step)
+        self.block, self.closing = None, block
+
+    def written(self, log_probs: NDArray[np.float64]) -> None:
+        """The closed block's keys and values are in the cache, so it is delivered: AR log_probs
+        [delivered], nats."""
+        block = self.closing
+        assert block is not None
+        uids = block.uids[: block.live]
+        writes = blank(len(uids), "KV_WRITE", uid=uids, new_id=block.delivered)
+        writes["prob"] = _probability(log_probs)
+        self._log(writes, block.step)
         delivered = block.delivered.tolist()
+        self.length += block.live
+        self.log_probs += log_probs.tolist()
+        self.closing = None
         self.finished = delivered[-1] == self.document_id
         self.tokens += delivered
         self.tokens_left -= block.live
@@ -190,26 +170,64 @@ class RequestState:
         self.block_length.append(block.live)
         self.dropped += len(block.ids) - block.live
         self.forced_blocks += block.forced
-        self.last_uid = int(block.uids[block.live - 1])
-        self.block, self.closing = None, block
-        return block
-
-    def written(self, log_probs: NDArray[np.float64]) -> None:
-        """The closed block's keys and values are in the cache: AR log_probs [delivered], nats."""
-        block = self.closing
-        assert block is not None
-        with np.errstate(under="ignore"):
-            prob = np.exp(log_probs).astype(np.float32)
-        uids = block.uids[: block.live]
-        writes = blank(len(uids), "KV_WRITE", uid=uids, new_id=block.delivered, prob=prob)
-        self._log(writes, block.step)
-        self.length += block.live
-        self.log_probs += log_probs.tolist()
-        self.closing = None
+        self.stalled_blocks += block.stalled
+        self.oscillating_blocks += block.oscillates
+        self.reopened_blocks += block.reopened
+        self.last_uid = int(uids[-1])
         if self.ended:
             last = self.document_id if self.finished else -1
             self._log(blank(1, "END", length=len(self.tokens), new_id=last), block.step)
         self.blocks += 1
+
+    def reopen(self, bad: NDArray[np.bool_], log_probs: NDArray[np.float64], bar: float) -> None:
+        """Open the closed block once more, with masks for its bad slots.
+
+        Args:
+            bad: [delivered] slots to be done anew.
+            log_probs: [delivered] AR nats of the audit.
+            bar: mean nats that the audit should have reached.
+        """
+        block = self.closing
+        assert block is not None
+        self.dropped += len(block.ids) - block.live
+        slots = np.flatnonzero(bad)
+        first = np.concatenate([slots[:1], slots[1:][np.diff(slots) > 1]])
+        edits = Edits(
+            delete=slots,
+            gaps=first,
+            counts=np.diff(np.append(np.searchsorted(slots, first), len(slots))),
+            delete_gate=_probability(log_probs[slots]),
+        )
+        event = blank(1, "REOPEN", length=block.live, threshold=_probability(bar))
+        event["prob"] = _probability(log_probs.mean())
+        self._edit(block, edits, event)
+        self.block, self.closing = block, None
+        block.step += 1
+        block.forced, block.stalled, block.reopened = False, False, True
+
+    def _edit(self, block: ActiveBlock, edits: Edits, reopening: NDArray[Any] | None) -> None:
+        """Log and apply; `reopening` is the event that unlocks the live slots first."""
+        before = block.slots
+        if reopening is not None:
+            before = block.slots[: block.live].copy()
+            before["locked"], before["commit_step"] = False, -1
+        events = edits.events(before, self.mask_id, left_uid=self.last_uid, first_uid=self.next_uid)
+        if reopening is not None:
+            events = np.concatenate([reopening, events])
+        if len(events):
+            self._log(events, block.step)
+        block.slots = edits.slots(before, self.mask_id, first_uid=self.next_uid, step=block.step)
+        self.next_uid += int(edits.counts.sum())
+        ends = np.flatnonzero(block.locked & (block.ids == self.document_id))
+        block.live = int(ends[0]) + 1 if len(ends) else len(block.slots)
+        substituted = int((before["id"][edits.write] != self.mask_id).sum())
+        for kind, count in (
+            ("FILL", len(edits.write) - substituted),
+            ("SUBSTITUTE", substituted),
+            ("DELETE", len(edits.delete)),
+            ("INSERT", int(edits.counts.sum())),
+        ):
+            self.edits[kind] += count
 
     def sample(self) -> Sample:
         """What is delivered."""
@@ -225,6 +243,10 @@ class RequestState:
             finished=self.finished,
             dropped=self.dropped,
             forced_blocks=self.forced_blocks,
+            stalled_blocks=self.stalled_blocks,
+            oscillating_blocks=self.oscillating_blocks,
+            reopened_blocks=self.reopened_blocks,
+            edits=self.edits,
             wall_s=self.wall_s,
         )
 
@@ -239,5 +261,10 @@ class RequestState:
         block = self.block
         # A closed block waiting for its keys is behind us already, as in the folded log.
         closed = self.length + (0 if self.closing is None else self.closing.live)
-        slots = ([], [], []) if block is None else (block.uids, block.ids, block.committed)
+        slots = ([], [], []) if block is None else (block.uids, block.ids, block.locked)
         return state_bytes(closed, *slots)
+
+
+def _probability(nats: NDArray[np.float64] | float) -> Any:
+    with np.errstate(under="ignore"):
+        return np.exp(nats).astype(np.float32)

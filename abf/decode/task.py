@@ -17,10 +17,11 @@ import torch
 from numpy.typing import NDArray
 
 from abf.artifacts import PIECES, SAMPLES, read_table, write_table
+from abf.base import build
 from abf.data.loader import PackedRows, spread
 from abf.data.tokenizer import TextTokenizer, load_tokenizer
-from abf.decode.config import DecoderConfig
-from abf.decode.engine import decode
+from abf.decode.config import DecoderConfig, FixedExtent
+from abf.decode.engine import Engine
 from abf.decode.request import Prompt, Sample
 from abf.decode.trace import TraceWriter
 from abf.errors import ArtifactError, ConfigError
@@ -28,6 +29,7 @@ from abf.files import sha256
 from abf.model.store import WEIGHTS, load_model
 from abf.model.transformer import Transformer
 from abf.track.meter import EnergyMeter
+from abf.track.progress import Progress
 
 REST = 8
 """Slots a held-out document must have behind its prompt: there was something to continue."""
@@ -124,6 +126,58 @@ def decode_task(
     if meter.joules is not None:
         counts["joules"] = meter.joules
     return summary(samples, wall_s) | counts
+
+
+def decode(
+    cfg: DecoderConfig,
+    *,
+    model: Transformer,
+    shift: bool,
+    prompts: Sequence[Prompt],
+    new_tokens: int,
+    seed: int,
+    trace: TraceWriter,
+    clean_stream: Literal["context_causal", "block_causal"] = "context_causal",
+    label: str = "decode",
+) -> list[Sample]:
+    """Continue every prompt as the config says, `batch_size` side by side.
+
+    Strategy `ar` is the same engine with blocks of one slot, read from the last committed token
+    whatever `shift` says.
+
+    Raises:
+        ConfigError: the strategy needs edit heads and the model has none.
+    """
+    strategy = build(cfg.strategy, room="abf.decode.strategy")
+    if strategy.needs_edits and not model.config.edit_heads:
+        raise ConfigError(
+            f"strategy {cfg.strategy.kind!r} reads the heads of insertion, substitution, deletion "
+            "and completion, and this model has none: decode a model trained with "
+            "train.objective.corruption.kind `path`, or use another strategy"
+        )
+    engine = Engine(
+        model,
+        strategy=strategy,
+        extent=build(cfg.extent or FixedExtent(length=1), room="abf.decode.extent"),
+        sampler=cfg.sampler,
+        shift=shift or cfg.extent is None,
+        seed=seed,
+        max_steps=cfg.max_steps_per_block,
+        edits_per_slot=cfg.edits_per_slot,
+        reopen=cfg.reopen,
+        backend=cfg.attention,
+        precision=cfg.precision,
+        clean_stream=clean_stream,
+    )
+    samples: list[Sample] = []
+    with Progress(label, len(prompts), unit="prompt") as progress:
+        for start in range(0, len(prompts), cfg.batch_size):
+            part = prompts[start : start + cfg.batch_size]
+            samples += engine.run(part, new_tokens=new_tokens, trace=trace)
+            nfe = sum(sample.nfe for sample in samples)
+            tokens = sum(len(sample.token_ids) for sample in samples)
+            progress.update(len(part), tokens_per_forward=tokens / nfe)
+    return samples
 
 
 def held_out_prompts(

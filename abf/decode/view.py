@@ -7,7 +7,8 @@ index, so that an action stays meaningful when later operations move slots.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
@@ -51,43 +52,110 @@ class BlockView:
     is_mask: NDArray[np.bool_]
     """[n] slots that may be committed."""
     token: IntArray
-    """[n] the sampler's choice; -1 where committed."""
+    """[n] the sampler's choice; -1 where nothing was proposed (held tokens, unless edits are
+    read)."""
     confidence: FloatArray
-    """[n] probability of that choice before temperature; NaN where committed."""
+    """[n] probability of that choice before temperature; NaN likewise."""
     entropy: FloatArray
-    """[n] nats, of the model's distribution; NaN where committed."""
+    """[n] nats, of the model's distribution; NaN likewise."""
     margin: FloatArray
-    """[n] largest minus second largest probability; NaN where committed."""
+    """[n] largest minus second largest probability; NaN likewise."""
     top_ids: IntArray
-    """[n, k] likeliest tokens; -1 where committed."""
+    """[n, k] likeliest tokens; -1 likewise."""
     top_probs: FloatArray
-    """[n, k] their probabilities; NaN where committed."""
+    """[n, k] their probabilities; NaN likewise."""
     commit_step: IntArray
-    """[n] step at which a slot was committed; -1 where it was not."""
+    """[n] step at which a slot was locked; -1 where it was not."""
     commit_confidence: FloatArray
-    """[n] confidence it was committed with; NaN where it was not."""
+    """[n] confidence its token was written with; NaN in a mask."""
+    edit: EditView | None = None
+    """What the edit heads say, for a strategy that needs them."""
 
 
 @dataclass(frozen=True)
-class Commit:
-    """Masks to fill and lock."""
+class EditView:
+    """Gates and history of the same n slots; gap i lies before slot i, gap n before the end."""
 
-    uids: IntArray
-    """[m] masked slots of the view, each once."""
-    tokens: IntArray
-    """[m] their tokens: any vocabulary id; the document token ends the text there."""
+    gap_uids: IntArray
+    """[n+1] what names a gap: the uid to its left."""
+    keep: FloatArray
+    """[n] probability that a token stays, or that a mask is to be filled."""
+    revise: FloatArray
+    """[n] probability that another token belongs here; 0 at a mask."""
+    delete: FloatArray
+    """[n] probability that nothing belongs here."""
+    missing: FloatArray
+    """[n+1] expected tokens missing in each gap."""
+    complete: float
+    """Probability that the block is whole and right as it is."""
+    raw: FloatArray
+    """[n+1, E] the numbers behind these, `abf.model.transformer.EDITS`."""
+    locked: NDArray[np.bool_]
+    """[n] slots that nothing changes any more."""
+    changes: IntArray
+    """[n] how often a slot's token was substituted."""
+    spent: NDArray[np.bool_]
+    """[n] slots that were substituted as often as the engine lets them be."""
+    stable: IntArray
+    """[n] steps since a slot was last written or inserted."""
+    room: int
+    """Masks that may still be inserted."""
+    uniforms: FloatArray
+    """[n+1, 3] random numbers in [0, 1) of each slot and gap, for a timed strategy; else [0, 3]."""
+
+
+def pooled(values: FloatArray, is_mask: NDArray[np.bool_]) -> FloatArray:
+    """[n+1] sum over each gap's group: a mask inserted in any gap between the same two visible
+    tokens gives the same text."""
+    group = np.concatenate([[0], np.cumsum(~is_mask)])
+    return np.bincount(group, values).astype(np.float64)[group]
+
+
+_NONE = np.zeros(0, dtype=np.int32)
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Slots and what they are to hold."""
+
+    uids: IntArray = field(default_factory=_NONE.copy)
+    """[m] slots of the view, each once."""
+    tokens: IntArray = field(default_factory=_NONE.copy)
+    """[m] any vocabulary id; the document token ends the text there."""
+
+
+@dataclass(frozen=True)
+class Gaps:
+    """Gaps and how many masks they are to get."""
+
+    uids: IntArray = field(default_factory=_NONE.copy)
+    """[g] uids to the left of the gaps (`EditView.gap_uids`), each once."""
+    counts: IntArray = field(default_factory=_NONE.copy)
+    """[g] at least 1 each."""
 
 
 @dataclass(frozen=True)
 class Action:
-    """What to do with the block; a field an operation, each of which the engine really applies.
+    """What to do with the block; a field an operation, each of which the engine really applies, as
+    far as its rules let it (`abf.decode.decide`)."""
 
-    A commit of nothing is turned into the surest single one: every step makes progress.
-    """
-
-    commit: Commit
-    threshold: float = float("nan")
-    """Bar the commits had to pass, for the log; NaN if there was none."""
+    commit: Tokens = Tokens()
+    """Masks to fill and lock."""
+    fill: Tokens = Tokens()
+    """Masks to fill."""
+    substitute: Tokens = Tokens()
+    """Tokens to exchange for others."""
+    delete: IntArray = field(default_factory=_NONE.copy)
+    """[m] uids of slots to take out."""
+    insert: Gaps = Gaps()
+    """Masks to put in."""
+    lock: IntArray = field(default_factory=_NONE.copy)
+    """[m] uids of tokens that are to stay."""
+    complete: bool | None = None
+    """Close the block (masks that are left are filled, and it counts as forced), or do not; None
+    closes it once no mask is left."""
+    bars: Mapping[str, float] = field(default_factory=dict)
+    """By event type, the bar that such an operation had to pass, for the log."""
 
 
 @dataclass(frozen=True)
@@ -101,7 +169,7 @@ class BlockSummary:
     """Slots delivered."""
     steps: int
     forced: bool
-    """The step cap closed it."""
+    """It was closed before the strategy was done with it."""
     commit_step: IntArray
     """[kept]"""
     commit_confidence: FloatArray
@@ -109,7 +177,13 @@ class BlockSummary:
 
 
 class Strategy(Protocol):
-    """What to commit at a step. State is the strategy's own object, one a request."""
+    """What to do at a step. State is the strategy's own object, one a request."""
+
+    needs_edits: bool
+    """Whether the view must carry `edit`, and proposals at tokens too."""
+    timed: bool
+    """Whether it keeps a clock of its own: a step may then do nothing, a block may open empty, and
+    neither the cap on changes nor the watch for repeated texts applies."""
 
     def start(self, meta: RequestMeta) -> Any:
         """State of a new request."""
@@ -120,7 +194,7 @@ class Strategy(Protocol):
         ...
 
     def end_block(self, summary: BlockSummary, state: Any) -> None:
-        """The block was closed."""
+        """The block was closed (a second time, if it was reopened)."""
         ...
 
 
@@ -133,10 +207,11 @@ class ExtentView:
     tokens_left: int
     """New tokens that may still be delivered; the engine cuts a longer extent to this."""
     length_probs: FloatArray | None
-    """[S] probability of 1..S slots given the committed text and that there is one, if the policy
-    asked for it."""
+    """Probability of `least`..S slots given the committed text, if the policy asked for it."""
     uniform: float
     """A random number in [0, 1) that belongs to this request and block."""
+    least: int = 1
+    """Fewest slots that may be opened."""
 
 
 @dataclass(frozen=True)
@@ -144,7 +219,7 @@ class Extent:
     """The span to open."""
 
     length: int
-    """Slots, at least 1."""
+    """Slots, at least `least`."""
 
 
 class ExtentPolicy(Protocol):

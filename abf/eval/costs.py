@@ -128,7 +128,7 @@ def logged_flops(
     Raises:
         ArtifactError: the log tells of other forward passes than the samples; names the request.
     """
-    passes = passes_from_log(events)
+    passes = passes_from_log(events, ends=model.config.edit_heads)
     for sample in samples:
         logged = passes.get(sample["request"])
         told = (sample["nfe"], sample["positions"])

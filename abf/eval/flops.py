@@ -10,10 +10,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import numpy as np
 import pyarrow as pa
-from numpy.typing import NDArray
 
+from abf.decode.events import CLOSING
 from abf.model.transformer import Transformer
 
 
@@ -44,33 +43,54 @@ def forward_flops(model: Transformer, passes: Passes) -> float:
     )
 
 
-def passes_from_log(events: pa.Table) -> dict[int, Passes]:
+def passes_from_log(events: pa.Table, *, ends: bool = False) -> dict[int, Passes]:
     """Forward passes of every request, rebuilt from EVENTS rows.
 
-    A block opened with n slots behind c tokens is sent whole in each denoising pass (n queries,
-    c + n keys each); its k delivered tokens are sent once more to be cached, causally. Where the
-    clean stream is block-causal the last has k (k - 1) / 2 pairs more, which is neglected.
+    A block that holds n slots behind c tokens is sent whole in each denoising pass (n queries, one
+    more where `ends` says that the model knows ends of blocks, c keys and those each); its k
+    delivered tokens are sent once more to be cached, causally. Where the clean stream is
+    block-causal the last has k (k - 1) / 2 pairs more, which is neglected.
     """
     names = ("request", "type", "nfe", "length")
     columns = zip(*(events[name].to_pylist() for name in names), strict=True)
-    context: dict[int, int] = {}
-    opened: dict[int, tuple[int, int]] = {}
-    totals: dict[int, NDArray[np.int64]] = {}
+    requests: dict[int, _Counts] = {}
     for request, kind, nfe, length in columns:
+        requests.setdefault(request, _Counts(int(ends))).count(kind, nfe, length)
+    return {request: Passes(c.nfe, c.positions, c.pairs) for request, c in requests.items()}
+
+
+@dataclass
+class _Counts:
+    """Passes of one request up to some event."""
+
+    end: int
+    nfe: int = 0
+    positions: int = 0
+    pairs: int = 0
+    context: int = 0
+    slots: int = 0
+    closed: int = 0
+    """Delivered tokens whose keys are not written yet."""
+
+    def count(self, kind: str, nfe: int, length: int) -> None:
+        """Charge the passes since the last event to the state it left, then take this one in."""
+        sent, rows = nfe - self.nfe, self.slots + self.end
+        self.nfe = nfe
+        if self.closed and sent:
+            self.positions += self.closed
+            self.pairs += self.closed * self.context + self.closed * (self.closed + 1) // 2
+        else:
+            self.positions += sent * rows
+            self.pairs += sent * rows * (self.context + rows)
         if kind == "PROMPT":
-            context[request] = context.get(request, 0) + 1
-            totals.setdefault(request, np.zeros(3, dtype=np.int64))
-        elif kind == "OPEN":
-            opened[request] = (length, nfe)
-        elif kind in ("COMPLETE", "FORCED_COMPLETE"):
-            slots, since = opened[request]
-            before = context[request]
-            sent = nfe - since
-            written = length * before + length * (length + 1) // 2
-            totals[request] += (
-                sent + 1,
-                sent * slots + length,
-                sent * slots * (before + slots) + written,
-            )
-            context[request] += length
-    return {request: Passes(*map(int, total)) for request, total in totals.items()}
+            self.context += 1
+        elif kind == "INSERT":
+            self.slots += 1
+        elif kind == "DELETE":
+            self.slots -= 1
+        elif kind in CLOSING:
+            self.slots, self.closed = 0, length
+        elif kind == "REOPEN":
+            self.slots, self.closed = length, 0
+        elif kind == "KV_WRITE" and self.closed:
+            self.context, self.closed = self.context + self.closed, 0

@@ -13,6 +13,7 @@ import pyarrow as pa
 
 from abf.artifacts import SAMPLES, read_table
 from abf.data.tokenizer import TextTokenizer
+from abf.decode.events import CLOSING
 from abf.decode.trace import read_trace
 from abf.errors import ArtifactError
 
@@ -101,16 +102,21 @@ class _Fold:
             at = self.order.index(left) + 1 if left in self.slots else 0
             self.order.insert(at, uid)
             self.slots[uid] = _Slot(event["new_id"])
-        elif kind == "FILL":
+        elif kind in ("FILL", "SUBSTITUTE"):
             self.slots[uid].new_id, self.slots[uid].prob = event["new_id"], event["prob"]
         elif kind == "COMMIT":
             slot = self.slots[uid]
             slot.new_id, slot.nfe, slot.step = event["new_id"], event["nfe"], event["step"]
         elif kind == "KV_WRITE":
             self.slots[uid].audit = event["prob"]
-        elif kind in ("COMPLETE", "FORCED_COMPLETE"):
+        elif kind == "DELETE":
+            self.order.remove(uid)
+        elif kind == "REOPEN":
+            self.order = self.order[: event["length"]]
+            self.closed.pop()
+        elif kind in CLOSING:
             delivered = [self.slots[uid] for uid in self.order[: event["length"]]]
-            forced = kind == "FORCED_COMPLETE"
+            forced = kind != "COMPLETE"
             self.closed.append((delivered, self.opened, event["step"], forced))
 
 

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from abf.decode.config import ArStrategy, DecoderConfig, FixedExtent, ThresholdStrategy
-from abf.decode.engine import decode
 from abf.decode.request import Prompt, Sample
+from abf.decode.task import decode
 from abf.decode.trace import TraceWriter
 from abf.model.transformer import Transformer
 from tests.decode.tiny import header

@@ -44,7 +44,7 @@ def view(confidence: list[float | None]) -> BlockView:
 def committed(threshold: float, confidence: list[float | None]) -> dict[int, int]:
     strategy = build(ThresholdStrategy(threshold=threshold), room="abf.decode.strategy")
     action = strategy.decide(view(confidence), None)
-    assert action.threshold == threshold
+    assert action.bars["FILL"] == threshold
     return dict(zip(action.commit.uids.tolist(), action.commit.tokens.tolist(), strict=True))
 
 

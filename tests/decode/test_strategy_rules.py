@@ -11,7 +11,7 @@ import pytest
 
 from abf.decode.strategy.threshold import Threshold
 from abf.decode.trace import read_trace
-from abf.decode.view import Action, BlockSummary, BlockView, Commit, RequestMeta
+from abf.decode.view import Action, BlockSummary, BlockView, RequestMeta, Tokens
 from abf.model.transformer import Transformer
 from tests.decode.runs import tokens
 from tests.decode.tiny import V, tiny_decode, tiny_engine, tiny_prompts
@@ -20,11 +20,13 @@ from tests.decode.tiny import V, tiny_decode, tiny_engine, tiny_prompts
 class Lazy:
     """Never commits anything."""
 
+    needs_edits = timed = False
+
     def start(self, meta: RequestMeta) -> Any:
         pass
 
     def decide(self, view: BlockView, state: Any) -> Action:
-        return Action(Commit(view.uids[:0], view.token[:0]))
+        return Action(commit=Tokens(view.uids[:0], view.token[:0]))
 
     def end_block(self, summary: BlockSummary, state: Any) -> None:
         pass
@@ -55,7 +57,7 @@ class Closing(Lazy):
 
     def decide(self, view: BlockView, state: Any) -> Action:
         if view.step == 0:
-            return Action(Commit(view.uids[2:3], np.array([view.document_id])))
+            return Action(commit=Tokens(view.uids[2:3], np.array([view.document_id])))
         assert len(view.ids) == 3, "slots behind the document token are out of the game"
         return super().decide(view, state)
 
@@ -77,7 +79,7 @@ def test_a_text_that_ends_at_the_step_cap_is_not_forced(model: Transformer, tmp_
         def decide(self, view: BlockView, state: Any) -> Action:
             tokens = view.token[:3].copy()
             tokens[2] = view.document_id
-            return Action(Commit(view.uids[:3], tokens))
+            return Action(commit=Tokens(view.uids[:3], tokens))
 
     engine = tiny_engine(model, Ending(), max_steps=1)
     for sample in tiny_decode(tmp_path / "log", engine, tiny_prompts()):
@@ -95,7 +97,7 @@ class Remembering(Lazy):
         assert state["request"] == view.request
         assert len(state["blocks"]) == view.block
         chosen = view.is_mask & (view.confidence >= view.request / 10)
-        return Action(Commit(view.uids[chosen], view.token[chosen]))
+        return Action(commit=Tokens(view.uids[chosen], view.token[chosen]))
 
     def end_block(self, summary: BlockSummary, state: Any) -> None:
         state["blocks"].append(summary.kept)
@@ -123,9 +125,9 @@ def test_views_are_read_only(model: Transformer, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("commit", "message"),
     [
-        (lambda view: Commit(view.uids[:1], np.array([V])), "emits"),
-        (lambda view: Commit(view.uids[[0, 0]], view.token[[0, 0]]), "twice"),
-        (lambda view: Commit(view.uids[:1] - 1, view.token[:1]), "not in the view"),
+        (lambda view: Tokens(view.uids[:1], np.array([V])), "emits"),
+        (lambda view: Tokens(view.uids[[0, 0]], view.token[[0, 0]]), "twice"),
+        (lambda view: Tokens(view.uids[:1] - 1, view.token[:1]), "not in the view"),
     ],
 )
 def test_a_strategy_that_breaks_the_rules_is_named(
@@ -133,7 +135,7 @@ def test_a_strategy_that_breaks_the_rules_is_named(
 ) -> None:
     class Rogue(Lazy):
         def decide(self, view: BlockView, state: Any) -> Action:
-            return Action(commit(view))
+            return Action(commit=commit(view))
 
     with pytest.raises(AssertionError, match=f"Rogue.*{message}"):
         tiny_decode(tmp_path / "log", tiny_engine(model, Rogue()), tiny_prompts(2))

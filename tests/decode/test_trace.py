@@ -11,6 +11,7 @@ import pytest
 
 from abf.base import build
 from abf.decode.config import FixedExtent
+from abf.decode.edits import Edits
 from abf.decode.replay import replay
 from abf.decode.request import RequestState, Sample
 from abf.decode.strategy.ar import Ar
@@ -115,14 +116,14 @@ def test_a_log_that_does_not_tell_what_the_engine_did(
     model: Transformer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its own hashes fit its events, but not the state they were taken from."""
-    real = RequestState.commit
+    real = RequestState.apply
 
-    def other(self: RequestState, slots: Any, tokens: Any, **more: Any) -> None:
-        real(self, slots, tokens, **more)
+    def other(self: RequestState, edits: Edits) -> None:
+        real(self, edits)
         assert self.block is not None
-        self.block.ids[slots[0]] = (tokens[0] + 1) % 90 + 1
+        self.block.ids[edits.write[0]] = (edits.tokens[0] + 1) % 90 + 1
 
-    monkeypatch.setattr(RequestState, "commit", other)
+    monkeypatch.setattr(RequestState, "apply", other)
     tiny_decode(tmp_path / "log", tiny_engine(model, Threshold(0.3)), tiny_prompts(2))
     with pytest.raises(ArtifactError, match=r"request \d, seq \d+ .*or the state, was altered"):
         replay(tmp_path / "log")

@@ -13,6 +13,7 @@ from abf.config import members
 from abf.decode.config import Extent, SamplerConfig, Strategy
 from abf.decode.replay import replay
 from abf.decode.trace import read_trace
+from abf.eval.flops import passes_from_log
 from abf.model.transformer import Transformer
 from tests.decode.tiny import V, tiny_decode, tiny_engine, tiny_prompts
 
@@ -39,19 +40,22 @@ def test_contract(
     extent: ConfigModel,
     temperature: float,
     model: Transformer,
+    editor: Transformer,
     tmp_path: Path,
 ) -> None:
+    built = build(strategy, room="abf.decode.strategy")
     engine = tiny_engine(
-        model,
-        build(strategy, room="abf.decode.strategy"),
+        editor if built.needs_edits else model,
+        built,
         extent=build(extent, room="abf.decode.extent"),
         sampler=SamplerConfig(temperature=temperature),
     )
-    prompts = tiny_prompts()
+    prompts = tiny_prompts(3 if built.needs_edits else 6)
     samples = tiny_decode(tmp_path / "log", engine, prompts)
     again = tiny_decode(tmp_path / "again", engine, prompts)
     _, events, complete = read_trace(tmp_path / "log")
     log = events.to_pylist()
+    passes = passes_from_log(events, ends=built.needs_edits)
     assert complete
     assert replay(tmp_path / "log") == {s.request: s.token_ids.tolist() for s in samples}
     for sample, same, prompt in zip(samples, again, prompts, strict=True):
@@ -61,6 +65,8 @@ def test_contract(
         assert 1 <= len(sample.token_ids) <= 30
         assert sample.finished == (sample.token_ids[-1] == 0)
         assert sample.finished or len(sample.token_ids) == 30
+        counted = passes[sample.request]
+        assert (counted.nfe, counted.positions) == (sample.nfe, sample.positions)
         mine = [e for e in log if e["request"] == sample.request]
         delivered = sum(e["length"] for e in mine if e["type"].endswith("COMPLETE"))
         assert delivered == len(sample.token_ids)

@@ -19,6 +19,7 @@ from abf.decode.request import Prompt, Sample
 from abf.decode.trace import TraceWriter
 from abf.decode.view import Strategy
 from abf.model.config import ModelConfig
+from abf.model.store import with_edit_heads
 from abf.model.transformer import Transformer
 
 V, S = 97, 12
@@ -46,6 +47,19 @@ def tiny_model(*, seed: int = 0, scale: float = 16.0) -> Transformer:
             if parameter.dim() > 1:
                 parameter.mul_(scale)
         model.length_head.weight.normal_(generator=torch.Generator().manual_seed(seed))
+    return model.eval()
+
+
+def edit_model(
+    *, seed: int = 0, busy: float = 1.0, model: Transformer | None = None
+) -> Transformer:
+    """A tiny model with edit heads that ask for every operation now and then."""
+    model = with_edit_heads(tiny_model(seed=seed) if model is None else model)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        model.edit_head.weight.normal_(0, 0.5 * busy, generator=generator)
+        model.edit_head.bias.zero_()
+        model.end_embedding.normal_(0, 3, generator=generator)
     return model.eval()
 
 

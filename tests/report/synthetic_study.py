@@ -23,6 +23,7 @@ from abf.artifacts import (
 )
 from abf.data.config import TrainedTokenizer
 from abf.data.tokenizer import TextTokenizer, load_tokenizer, make_tokenizer
+from abf.decode.edits import Edits
 from abf.decode.request import Prompt, RequestState
 from abf.decode.trace import TraceWriter
 from abf.ledger.build import build_ledger
@@ -312,19 +313,20 @@ def _block(state: RequestState, target: list[int], name: str, rng: np.random.Gen
             masked[:1] if name == "ar" else np.sort(rng.permutation(masked)[: rng.integers(1, 5)])
         )
         count = len(slots)
-        state.commit(
-            slots,
-            np.array([target[slot] for slot in slots]),
+        edits = Edits(
+            write=slots,
+            tokens=np.array([target[slot] for slot in slots]),
+            lock=slots,
             prob=rng.beta(4, 1.2, count).astype(np.float32),
             entropy=np.zeros(count, np.float32),
-            alt_ids=np.zeros((count, 0), np.int32),
-            alt_probs=np.zeros((count, 0), np.float32),
-            threshold=0.9,
+            bars={"FILL": 0.9},
         )
+        state.apply(edits)
     state.block.forced = name.endswith("0.6") and state.blocks == 1
-    block = state.complete()
+    live = state.block.live
+    state.complete()
     state.nfe += 1
-    state.written(np.log(rng.beta(4, 1.2, block.live)))
+    state.written(np.log(rng.beta(4, 1.2, live)))
 
 
 def _attempts(root: Path, cells: Sequence[ReportCell]) -> list[Path]:

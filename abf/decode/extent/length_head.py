@@ -25,10 +25,10 @@ class LengthHead:
         probs = view.length_probs
         assert probs is not None, "the engine gives length_probs to a policy that needs them"
         if not self.sample:
-            return Extent(int(probs.argmax()) + 1)
+            return Extent(int(probs.argmax()) + view.least)
         cumulative = np.cumsum(probs, dtype=np.float64)
         index = np.searchsorted(cumulative, view.uniform * cumulative[-1], side="right")
-        return Extent(min(int(index), len(probs) - 1) + 1)
+        return Extent(min(int(index), len(probs) - 1) + view.least)
 
 
 def build(cfg: LengthHeadExtent) -> LengthHead:

@@ -9,11 +9,13 @@ from __future__ import annotations
 import numpy as np
 
 from abf.decode.config import ArStrategy
-from abf.decode.view import Action, BlockSummary, BlockView, Commit, RequestMeta
+from abf.decode.view import Action, BlockSummary, BlockView, RequestMeta, Tokens
 
 
 class Ar:
     """Stateless."""
+
+    needs_edits = timed = False
 
     def start(self, meta: RequestMeta) -> None:
         """No state."""
@@ -21,7 +23,7 @@ class Ar:
     def decide(self, view: BlockView, state: None) -> Action:
         """Commit the sampler's choice at the leftmost mask."""
         first = np.flatnonzero(view.is_mask)[:1]
-        return Action(Commit(view.uids[first], view.token[first]))
+        return Action(commit=Tokens(view.uids[first], view.token[first]))
 
     def end_block(self, summary: BlockSummary, state: None) -> None:
         """Nothing to forget."""

@@ -8,11 +8,13 @@ from __future__ import annotations
 import numpy as np
 
 from abf.decode.config import ThresholdStrategy
-from abf.decode.view import Action, BlockSummary, BlockView, Commit, RequestMeta
+from abf.decode.view import Action, BlockSummary, BlockView, RequestMeta, Tokens
 
 
 class Threshold:
     """Stateless."""
+
+    needs_edits = timed = False
 
     def __init__(self, threshold: float) -> None:
         self.threshold = threshold
@@ -26,7 +28,8 @@ class Threshold:
         chosen = confidence >= self.threshold
         if not chosen.any():
             chosen[confidence.argmax()] = True
-        return Action(Commit(view.uids[chosen], view.token[chosen]), threshold=self.threshold)
+        commit = Tokens(view.uids[chosen], view.token[chosen])
+        return Action(commit=commit, bars={"FILL": self.threshold})
 
     def end_block(self, summary: BlockSummary, state: None) -> None:
         """Nothing to forget."""

@@ -1,0 +1,125 @@
+"""Edit a block until it is whole: fill, insert, substitute, delete; lock; complete.
+
+Every decision is a bar that a probability (or a number of missing tokens) has to reach; what may
+happen at once, and how often, is the engine's business (`abf.decode.decide`). Source:
+docs/method.md; thresholds for filling and editing as in LLaDA2.1, arXiv 2602.08676.
+
+Letters: n slots of the block.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from abf.decode.config import AbfStrategy
+from abf.decode.view import (
+    Action,
+    BlockSummary,
+    BlockView,
+    EditView,
+    Gaps,
+    RequestMeta,
+    Tokens,
+    pooled,
+)
+
+
+class Abf:
+    """Stateless."""
+
+    timed = False
+
+    def __init__(self, cfg: AbfStrategy) -> None:
+        self.cfg = cfg
+        self.needs_edits = set(cfg.operations) != {"fill"} or cfg.complete > 0
+        self.bars = {
+            "FILL": cfg.fill,
+            "SUBSTITUTE": cfg.substitute,
+            "DELETE": cfg.delete,
+            "INSERT": cfg.insert,
+            "COMPLETE": cfg.complete,
+        }
+
+    def start(self, meta: RequestMeta) -> None:
+        """No state."""
+
+    def decide(self, view: BlockView, state: None) -> Action:
+        """Every operation whose bar is reached; complete where none is and the model agrees."""
+        edit = view.edit
+        none = np.zeros(len(view.ids), dtype=bool)
+        delete = none if edit is None else self._delete(edit)
+        masks = view.is_mask & ~delete
+        confidence = np.where(masks, view.confidence, -1.0)
+        fill = masks & (confidence >= self.cfg.fill)
+        if masks.any() and not fill.any():
+            fill[confidence.argmax()] = True
+        filled = Tokens(view.uids[fill], view.token[fill])
+        if edit is None or set(self.cfg.operations) == {"fill"}:
+            # What nothing can change again is locked at once.
+            return Action(commit=filled, complete=self._completes(view), bars=self.bars)
+        substitute, tokens = self._substitute(view, edit)
+        substitute &= ~delete
+        insert = self._insert(view, edit)
+        lock = none
+        if self.cfg.lock_after is not None:
+            calm = ~view.is_mask & ~edit.locked & ~substitute & ~delete
+            lock = calm & (edit.stable >= self.cfg.lock_after)
+        pending = fill.any() or substitute.any() or delete.any() or len(insert.uids) > 0
+        return Action(
+            fill=filled,
+            substitute=Tokens(view.uids[substitute], tokens[substitute]),
+            delete=view.uids[delete],
+            insert=insert,
+            lock=view.uids[lock],
+            complete=not pending and edit.complete >= self.cfg.complete,
+            bars=self.bars,
+        )
+
+    def end_block(self, summary: BlockSummary, state: None) -> None:
+        """Nothing to forget."""
+
+    def _completes(self, view: BlockView) -> bool | None:
+        if view.edit is None:
+            return None
+        return not view.is_mask.any() and view.edit.complete >= self.cfg.complete
+
+    def _delete(self, edit: EditView) -> NDArray[np.bool_]:
+        """Slots to take out, [n]; not all of them."""
+        chosen = ~edit.locked & (edit.delete >= self.cfg.delete)
+        if "delete" not in self.cfg.operations or len(chosen) < 2:
+            return np.zeros(len(chosen), dtype=bool)
+        if chosen.all():
+            chosen[edit.delete.argmin()] = False
+        return chosen
+
+    def _substitute(
+        self, view: BlockView, edit: EditView
+    ) -> tuple[NDArray[np.bool_], NDArray[np.integer]]:
+        """Slots to write anew, and the likeliest token of each that it does not hold, [n]."""
+        second = (view.top_ids[:, 0] == view.ids).astype(np.intp)
+        row = np.arange(len(view.ids))
+        tokens, probs = view.top_ids[row, second], view.top_probs[row, second]
+        free = ~view.is_mask & ~edit.locked & ~edit.spent
+        if "substitute" not in self.cfg.operations:
+            free = np.zeros_like(free)
+        return free & (edit.revise * probs >= self.cfg.substitute), tokens
+
+    def _insert(self, view: BlockView, edit: EditView) -> Gaps:
+        """Masks where tokens are missing: in the gap of each group that misses most."""
+        if "insert" not in self.cfg.operations or not edit.room:
+            return Gaps()
+        missing = pooled(edit.missing, view.is_mask)
+        group = np.concatenate([[0], np.cumsum(~view.is_mask)])
+        order = np.lexsort((-edit.missing, group))
+        best = order[np.flatnonzero(np.diff(group[order], prepend=-1))]
+        best = best[missing[best] >= self.cfg.insert]
+        if len(view.ids) and edit.locked[-1] and view.ids[-1] == view.document_id:
+            best = best[best < len(view.ids)]
+        counts = np.clip(np.floor(missing[best] + 0.5), 1, self.cfg.max_insert).astype(np.intp)
+        return Gaps(edit.gap_uids[best], counts)
+
+
+def build(cfg: AbfStrategy) -> Abf:
+    """The strategy of its config."""
+    return Abf(cfg)
