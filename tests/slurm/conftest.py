@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
+from abf.cluster.config import NodeConfig
+from abf.ledger.slurm import scheduled_rows
+from tests.slurm.books import assert_same
 from tests.slurm.box import Box
+from tests.slurm.daemons import wait_for
+from tests.slurm.jobs import jobs_of
 from tests.slurm.micro import LONG, Study, copied, prepare
 from tests.slurm.owner import Owner, remove_orphans
 from tests.slurm.reliability import Report
@@ -51,6 +56,32 @@ def uninterrupted(prepared: Study, tmp_path_factory: pytest.TempPathFactory) -> 
     done = study.run(directory)
     assert done.returncode == 0, done.stdout
     return curve(directory)
+
+
+@pytest.fixture
+def books(box: Box, monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[dict]]:
+    """A check that the ledger of stage directories equals sacct once the last of their jobs ended.
+
+    They must be all that jobs were submitted for from their folder. Returns sacct's rows.
+    """
+    monkeypatch.setenv("SLURM_CONF", box.env["SLURM_CONF"])
+
+    def agree(*directories: Path) -> list[dict]:
+        results = directories[0].parents[1]
+        folder = results.parent
+        wait_for(
+            "the end of every job in the accounting",
+            lambda: all(row["End"] != "Unknown" for row in jobs_of(box, folder)),
+            seconds=60,
+            every=0.5,
+        )
+        monkeypatch.chdir(folder)
+        places = [directory.relative_to(results).as_posix() for directory in directories]
+        told = jobs_of(box, folder)
+        assert_same(scheduled_rows(Path("results"), places, node=NodeConfig()), told)
+        return told
+
+    return agree
 
 
 @pytest.fixture

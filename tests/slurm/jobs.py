@@ -52,6 +52,18 @@ def attempts(box: Box, job: str) -> list[dict[str, str]]:
     return sorted(rows, key=lambda row: row["Submit"])
 
 
+def jobs_of(box: Box, folder: Path) -> list[dict[str, str]]:
+    """The accounting's rows of every attempt of every job submitted from a folder, oldest first."""
+    names = (*FIELDS, "JobIDRaw", "Comment", "WorkDir")
+    text = box.run(
+        "sacct", "--allocations", "--duplicates", "--noheader", "--parsable2",
+        "--starttime=1970-01-02", f"--format={','.join(names)}",
+    ).stdout  # fmt: skip
+    rows = [dict(zip(names, line.split("|"), strict=True)) for line in text.splitlines()]
+    found = [row for row in rows if row["WorkDir"] == str(folder)]
+    return sorted(found, key=lambda row: row["Submit"])
+
+
 def wait_attempts(box: Box, job: str, *states: str, seconds: float = 30) -> list[dict[str, str]]:
     """The rows once their states are these; the controller sends them some seconds late.
 

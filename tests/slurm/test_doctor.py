@@ -6,10 +6,13 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from abf.grid import load_study
+from abf.plan import Plan
 from tests.slurm.box import Box
 from tests.slurm.daemons import wait_for
 from tests.slurm.jobs import attempts, submit, wait_attempts
@@ -107,7 +110,7 @@ def test_a_healthy_site_passes_and_its_limits_are_stored(desk: Desk) -> None:
     ],
 )
 def test_what_would_be_refused_is_named_with_what_is_allowed(
-    desk: Desk, wrong: str, message: str
+    desk: Desk, wrong: str, message: str, books: Callable
 ) -> None:
     key = wrong.partition(":")[0]
     desk.site = "".join(
@@ -117,6 +120,10 @@ def test_what_would_be_refused_is_named_with_what_is_allowed(
     assert done.returncode == 1
     (failure,) = of(done.stdout, "FAIL")
     assert message in failure
+    # Nothing was submitted, and the ledger knows of nothing.
+    results = desk.folder / "results"
+    planned = Plan(load_study(desk.folder / "run.yaml"), results).instances.values()
+    assert books(*(results / instance.place for instance in planned)) == []
 
 
 def test_a_partition_and_a_qos_that_are_both_wrong(desk: Desk) -> None:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import shutil
 import signal
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from tests.slurm.daemons import wait_for
-from tests.slurm.jobs import submit, wait_attempts, wait_state
+from tests.slurm.jobs import submit, wait_state
 from tests.slurm.micro import LONG, RUN, SITE, Study
 from tests.slurm.reliability import Report
 from tests.slurm.test_faults import ranks
@@ -51,7 +52,7 @@ def install(study: Study, folder: Path, **scripts: str) -> None:
 
 
 def test_a_submitter_killed_before_it_reads_the_answer(
-    study: Study, uninterrupted: dict[tuple, float], report: Report
+    study: Study, uninterrupted: dict[tuple, float], books: Callable, report: Report
 ) -> None:
     directory, folder = study.plan(LONG), study.folder / "bin"
     install(study, folder, sbatch=SBATCH.replace("{before}", ":").replace("{after}", KILL))
@@ -68,11 +69,11 @@ def test_a_submitter_killed_before_it_reads_the_answer(
     assert (folder / "calls").read_text() == "call\n"
     report("whoever submits a job dies before it has the id",
            "the job ran; the next one found it by its name", 0.0)  # fmt: skip
-    assert [row["State"] for row in wait_attempts(study.box, job, "COMPLETED")] == ["COMPLETED"]
+    assert [(row["JobIDRaw"], row["State"]) for row in books(directory)] == [(job, "COMPLETED")]
     assert curve(directory) == uninterrupted
 
 
-def test_a_request_that_outlives_who_asked(study: Study) -> None:
+def test_a_request_that_outlives_who_asked(study: Study, books: Callable) -> None:
     directory, folder = study.plan(RUN), study.folder / "bin"
     (study.folder / "site.yaml").write_text(SITE.replace("poll_seconds: 1", "poll_seconds: 5"))
     sbatch = SBATCH.replace("{before}", ON_ITS_WAY).replace("{after}", ":")
@@ -84,6 +85,7 @@ def test_a_request_that_outlives_who_asked(study: Study) -> None:
     job = (folder / "answer").read_text().split()[-1]
     assert f"attached to job {job}" in done.stdout
     assert (folder / "calls").read_text() == "call\n"
+    assert [row["JobIDRaw"] for row in books(directory)] == [job]
 
 
 def test_what_a_killed_submitter_left_is_cleared(study: Study) -> None:
@@ -102,7 +104,7 @@ def test_what_a_killed_submitter_left_is_cleared(study: Study) -> None:
 
 
 @pytest.mark.parametrize("killed", [0, 1])
-def test_a_killed_rank_is_named(study: Study, killed: int) -> None:
+def test_a_killed_rank_is_named(study: Study, killed: int, books: Callable) -> None:
     directory = study.plan(LONG)
     waiting = study.start(directory)
     job = at_work(directory)
@@ -117,11 +119,13 @@ def test_a_killed_rank_is_named(study: Study, killed: int) -> None:
     why = f"rank {killed} on {host}"
     assert f"job {job} ended as FAILED: {why}" in abf(study, "status")
     assert f"job {job} ended as FAILED: {why}" in abf(study, "why", "train")
+    assert [(row["JobIDRaw"], row["State"]) for row in books(directory)] == [(job, "FAILED")]
 
 
-def test_a_job_cancelled_before_it_began(study: Study) -> None:
+def test_a_job_cancelled_before_it_began(study: Study, tmp_path: Path, books: Callable) -> None:
     directory = study.plan(LONG)
-    filler = submit(study.box, "sleep 600", "--nodes=4", "--exclusive", "--mem=0")
+    elsewhere = f"--chdir={tmp_path}"
+    filler = submit(study.box, "sleep 600", "--nodes=4", "--exclusive", "--mem=0", elsewhere)
     wait_state(study.box, filler, "RUNNING")
     waiting = study.start(directory)
     wait_for("a job", lambda: job_id(directory) is not None, seconds=30, every=0.1)
@@ -134,6 +138,8 @@ def test_a_job_cancelled_before_it_began(study: Study) -> None:
     said = f"job {job} ended as CANCELLED: somebody cancelled it before it began"
     assert f"         {said}\n" in abf(study, "status")
     assert f"  {said}\n" in abf(study, "why", "train")
+    (row,) = books(directory)
+    assert (row["JobIDRaw"], row["State"].split()[0]) == (job, "CANCELLED")
 
 
 def test_a_divergence_is_told_to_its_last_word(study: Study) -> None:

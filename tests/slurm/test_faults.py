@@ -20,11 +20,9 @@ import psutil
 import pytest
 
 from abf.artifacts import read_manifest
-from abf.cluster.config import NodeConfig
-from abf.ledger.slurm import scheduled_rows
 from tests.slurm.box import Box
 from tests.slurm.daemons import processes, wait_for
-from tests.slurm.jobs import attempts, submit, wait_attempts, wait_state
+from tests.slurm.jobs import submit, wait_attempts, wait_state
 from tests.slurm.micro import LONG, SITE, Study, copied
 from tests.slurm.reliability import Report, event, recovered
 from tests.slurm.training import at_work, curve, job_id, states
@@ -32,29 +30,6 @@ from tests.slurm.training import at_work, curve, job_id, states
 PTRACE_ATTACH, WALL = 16, 0x40000000
 SUBMIT = "submitit.core._submit"
 """Module that srun starts once for each rank."""
-
-
-@pytest.fixture
-def books(box: Box, monkeypatch: pytest.MonkeyPatch) -> Callable[[Path], None]:
-    """A check that the ledger's rows of a directory are sacct's, attempt by attempt."""
-    monkeypatch.setenv("SLURM_CONF", box.env["SLURM_CONF"])
-
-    def agree(directory: Path) -> None:
-        results = directory.parents[1]
-        monkeypatch.chdir(results.parent)
-        place = directory.relative_to(results).as_posix()
-        rows = scheduled_rows(Path("results"), [place], node=NodeConfig())
-        jobs = {row["job_id"] for row in rows}
-        assert jobs
-        told = [line for job in jobs for line in attempts(box, job)]
-        assert sorted(row["elapsed_s"] for row in rows) == sorted(
-            float(line["ElapsedRaw"]) for line in told
-        )
-        assert sum(row["node_hours"] for row in rows) == pytest.approx(
-            sum(2 * int(line["ElapsedRaw"]) / 3600 for line in told)
-        )
-
-    return agree
 
 
 def ranks(box: Box, job: str) -> list[psutil.Process]:
@@ -139,7 +114,7 @@ def test_a_time_limit_with_and_without_its_warning(
         books(directory)
 
 
-def test_a_job_that_gets_nowhere_is_not_queued_for_ever(study: Study) -> None:
+def test_a_job_that_gets_nowhere_is_not_queued_for_ever(study: Study, books: Callable) -> None:
     directory = study.plan(LONG)
     waiting = study.start(directory)
     wait_for("the job", lambda: job_id(directory) is not None, seconds=30)
@@ -156,6 +131,7 @@ def test_a_job_that_gets_nowhere_is_not_queued_for_ever(study: Study) -> None:
     assert "a whole time limit went by without one more checkpoint" in output
     assert "raise launch.minutes" in output
     assert len(wait_attempts(study.box, job, "FAILED")) == 1
+    books(directory)
 
 
 def test_a_debug_job_preempts_it(
@@ -212,7 +188,7 @@ def test_controller_and_database_go_away(
 
 
 def test_a_full_file_system(
-    prepared: Study, uninterrupted: dict[tuple, float], report: Report
+    prepared: Study, uninterrupted: dict[tuple, float], books: Callable, report: Report
 ) -> None:
     folder = prepared.box.small / "study"
     study = copied(prepared, folder)
@@ -240,10 +216,11 @@ def test_a_full_file_system(
            recovered(directory, began))  # fmt: skip
     assert curve(directory) == uninterrupted
     read_manifest(directory, "train")
+    assert [row["State"] for row in books(directory)] == ["FAILED", "COMPLETED"]
     shutil.rmtree(folder)
 
 
-def test_a_cap_in_the_middle_of_a_grid(study: Study, report: Report) -> None:
+def test_a_cap_in_the_middle_of_a_grid(study: Study, books: Callable, report: Report) -> None:
     # One job of two nodes for five minutes fits, a second one beside it does not.
     cap = 1.5 * 2 * 5 / 60
     run = LONG + f"budget: {{cap_node_hours: {cap}}}\n"
@@ -264,6 +241,7 @@ def test_a_cap_in_the_middle_of_a_grid(study: Study, report: Report) -> None:
     # What it did not use is free again.
     done = study.run(second)
     assert done.returncode == 0, done.stdout
+    assert [row["State"] for row in books(first, second)] == ["COMPLETED", "COMPLETED"]
     report(
         "a cap reached in the middle of a grid", "running jobs finished, the next was refused", None
     )

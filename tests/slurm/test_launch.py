@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -32,7 +33,7 @@ def test_two_nodes_eight_ranks(study: Study) -> None:
 
 
 def test_a_killed_waiter_leaves_the_job_and_the_next_one_attaches(
-    study: Study, uninterrupted: dict[tuple, float], report: Report
+    study: Study, uninterrupted: dict[tuple, float], books: Callable, report: Report
 ) -> None:
     directory = study.plan(LONG)
     job = left_alone(study, directory, at_work)
@@ -41,7 +42,8 @@ def test_a_killed_waiter_leaves_the_job_and_the_next_one_attaches(
     assert f"attached to job {job}" in done.stdout
     assert "submitted as" not in done.stdout
     report("the waiting rule killed", "the job went on; the next one attached to it", 0.0)
-    assert [row["State"] for row in wait_attempts(study.box, job, "COMPLETED")] == ["COMPLETED"]
+    (row,) = books(directory)
+    assert (row["JobIDRaw"], row["State"]) == (job, "COMPLETED")
     assert curve(directory) == uninterrupted
 
 
@@ -68,7 +70,7 @@ def test_what_finished_unseen_is_only_declared(study: Study) -> None:
 
 
 def test_scancel_by_hand_stops_and_the_same_command_goes_on(
-    study: Study, uninterrupted: dict[tuple, float], report: Report
+    study: Study, uninterrupted: dict[tuple, float], books: Callable, report: Report
 ) -> None:
     directory = study.plan(LONG)
     waiting = study.start(directory)
@@ -85,10 +87,11 @@ def test_scancel_by_hand_stops_and_the_same_command_goes_on(
            recovered(directory, began))  # fmt: skip
     assert job_id(directory) != job
     assert curve(directory) == uninterrupted
+    assert [row["State"].split()[0] for row in books(directory)] == ["CANCELLED", "COMPLETED"]
 
 
 def test_a_dead_node_costs_one_checkpoint_interval(
-    study: Study, uninterrupted: dict[tuple, float], report: Report
+    study: Study, uninterrupted: dict[tuple, float], books: Callable, report: Report
 ) -> None:
     directory = study.plan(LONG)
     waiting = study.start(directory)
@@ -105,9 +108,15 @@ def test_a_dead_node_costs_one_checkpoint_interval(
     output, _ = waiting.communicate(timeout=180)
     assert waiting.returncode == 0, output
     assert curve(directory) == uninterrupted
+    rows = books(directory)
+    assert [(row["JobIDRaw"], row["State"]) for row in rows] == [
+        (job, "NODE_FAIL"), (job, "COMPLETED"),
+    ]  # fmt: skip
 
 
-def test_an_id_nobody_knows_is_waited_for_only_so_long(study: Study, report: Report) -> None:
+def test_an_id_nobody_knows_is_waited_for_only_so_long(
+    study: Study, books: Callable, report: Report
+) -> None:
     directory = study.plan(RUN)
     (directory / "job.json").write_text(
         json.dumps({"job_id": "999999", "name": "gone", "submissions": 1})
@@ -119,6 +128,8 @@ def test_an_id_nobody_knows_is_waited_for_only_so_long(study: Study, report: Rep
            recovered(directory, began))  # fmt: skip
     assert "job 999999 ended as UNKNOWN" in done.stdout
     assert "submitted as job" in done.stdout
+    (row,) = books(directory)
+    assert row["JobIDRaw"] == job_id(directory)
 
 
 @pytest.mark.parametrize(
@@ -130,7 +141,7 @@ def test_an_id_nobody_knows_is_waited_for_only_so_long(study: Study, report: Rep
     ],
 )
 def test_a_refused_submission_is_one_message(
-    study: Study, change: tuple[str, str], message: str
+    study: Study, change: tuple[str, str], message: str, books: Callable
 ) -> None:
     directory = study.plan(RUN)
     (study.folder / "site.yaml").write_text(SITE.replace(*change))
@@ -139,6 +150,7 @@ def test_a_refused_submission_is_one_message(
     assert message in done.stdout
     assert "Traceback" not in done.stdout
     assert "abf doctor" in done.stdout
+    assert books(directory) == []
 
 
 def test_two_waiters(study: Study) -> None:

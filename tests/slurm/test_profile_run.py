@@ -16,12 +16,12 @@ from pathlib import Path
 import pytest
 
 from abf.artifacts import LEDGER, read_manifest, read_table
-from abf.cluster.config import NodeConfig
 from abf.cluster.jobs import tag
 from abf.driver import orphans
+from tests.slurm.books import assert_same
 from tests.slurm.box import Box
 from tests.slurm.daemons import wait_for
-from tests.slurm.jobs import show, submit, wait_state
+from tests.slurm.jobs import jobs_of, show, submit, wait_state
 from tests.slurm.micro import RUN, SITE, Study
 from tests.slurm.reliability import Report
 from tests.workflow.conftest import ROOT
@@ -81,13 +81,7 @@ class Site:
 
     def jobs(self) -> list[dict[str, str]]:
         """Every attempt of every job submitted from here, as sacct tells it."""
-        names = ("JobIDRaw", "Comment", "State", "ElapsedRaw", "AllocTRES", "WorkDir", "Submit")
-        text = self.box.run(
-            "sacct", "--allocations", "--duplicates", "--noheader", "--parsable2",
-            "--starttime=1970-01-02", f"--format={','.join(names)}",
-        ).stdout  # fmt: skip
-        rows = [dict(zip(names, line.split("|"), strict=True)) for line in text.splitlines()]
-        return [row for row in rows if row["WorkDir"] == str(self.folder)]
+        return jobs_of(self.box, self.folder)
 
     def plan(self) -> dict:
         return json.loads((self.folder / "results/plan/micro.json").read_text())
@@ -111,25 +105,12 @@ def begun(box: Box, prepared: Study, tmp_path: Path) -> Iterator[Site]:
     found.end()
 
 
-def books_agree(site: Site) -> tuple[list[dict], dict[str, dict[str, str]]]:
-    """The ledger's rows of the scheduler's jobs, held against sacct, and what each was given."""
-    jobs = site.jobs()
+def books_agree(site: Site) -> list[dict]:
+    """The ledger stage's rows of the scheduler's jobs, held against sacct."""
     (path,) = (site.folder / "results").glob("ledger/*/ledger.parquet")
     ledger = [r for r in read_table(path, LEDGER).to_pylist() if r["node_hours"] is not None]
-    assert {r["job_id"] for r in ledger} == {row["JobIDRaw"] for row in jobs}
-    tres = {
-        row["JobIDRaw"]: dict(p.split("=") for p in row["AllocTRES"].split(",")) for row in jobs
-    }
-    seconds = {row["JobIDRaw"]: int(row["ElapsedRaw"]) for row in jobs}
-    for row in ledger:
-        job = row["job_id"]
-        assert row["elapsed_s"] == seconds[job]
-        billed = float(tres[job]["billing"]) / NodeConfig().billing
-        assert row["node_hours"] == pytest.approx(seconds[job] / 3600 * billed)
-        assert row["gpu_hours"] == pytest.approx(
-            seconds[job] / 3600 * int(tres[job].get("gres/gpu", 0))
-        )
-    return ledger, tres
+    assert_same(ledger, site.jobs())
+    return ledger
 
 
 def spent(site: Site, results: Path) -> str:
@@ -154,12 +135,13 @@ def test_the_users_command_runs_the_study_and_the_books_are_the_schedulers(site:
     assert {"rule_prepare", "rule_tokenize", "rule_decode", "rule_score"} <= comments
     assert {row["State"] for row in jobs} == {"COMPLETED"}
 
-    ledger, tres = books_agree(site)
+    ledger = books_agree(site)
     trained = next(row for row in ledger if row["rule"] == "train")
     assert (trained["nodes"], trained["gpus"]) == (2, 8)
     # A node that is measured is nobody else's.
     decoded = next(row for row in ledger if row["rule"] == "decode")
-    assert tres[decoded["job_id"]]["cpu"] == "32"
+    (job,) = [row for row in jobs if row["JobIDRaw"] == decoded["job_id"]]
+    assert ",cpu=32," in job["AllocTRES"]
     (path,) = results.glob("ledger/*/ledger.parquet")
     local = [r for r in read_table(path, LEDGER).to_pylist() if r["node_hours"] is None]
     assert {r["rule"] for r in local} <= {"fetch", "ledger", "report", "mlflow"}
@@ -204,11 +186,11 @@ def test_a_driver_killed_in_training_and_in_a_short_job_submits_nothing_twice(
     comments = [row["Comment"] for row in begun.jobs()]
     assert len(comments) == len(set(comments)), comments
     read_manifest(begun.folder / "results" / begun.plan()["cells"][0]["score"])
-    (train,) = [row for row in books_agree(begun)[0] if row["rule"] == "train"]
+    (train,) = [row for row in books_agree(begun) if row["rule"] == "train"]
     assert train["state"] == "COMPLETED"
 
 
-def test_scratch_is_emptied_between_two_runs(begun: Site, report: Report) -> None:
+def test_scratch_is_emptied_between_two_runs(begun: Site, books: Callable, report: Report) -> None:
     scratch, work = begun.folder / "scratch", begun.folder / "work"
     scratch.mkdir()
     work.mkdir()
@@ -233,6 +215,8 @@ def test_scratch_is_emptied_between_two_runs(begun: Site, report: Report) -> Non
     assert (train / "model" / "model.safetensors").read_bytes() == before
     new = [row["Comment"] for row in begun.jobs()[jobs:]]
     assert not [comment for comment in new if comment.startswith("abf train")], new
+    places = begun.plan()["stages"]
+    books(*(begun.folder / "results" / place for place in places))
     report("scratch emptied between two runs", "restored from the project area; what is not "
            "there is named and made again", time.time() - began)  # fmt: skip
 
