@@ -184,10 +184,6 @@ class TextTokenizer:
             tokens, char_start.astype(np.uint32), byte_start.astype(np.uint32), len(data)
         )
 
-    def encode_batch(self, texts: Sequence[str]) -> list[tuple[UIntArray, UIntArray]]:
-        """(ids, char_start) of each text."""
-        return [(one.ids, one.char_start) for one in self.spans(texts)]
-
     def decode(self, ids: Iterable[int]) -> str:
         """Text of the ids; bytes that are no UTF-8 become U+FFFD, special tokens their name."""
         return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=False)

@@ -71,7 +71,8 @@ def test_real_source_files(trained: TextTokenizer) -> None:
 
 def test_text_never_becomes_the_document_token(trained: TextTokenizer) -> None:
     assert trained.document_id == 0
-    ((ids, _),) = trained.encode_batch(["a<|document|>b"])
+    (encoded,) = trained.spans(["a<|document|>b"])
+    ids = encoded.ids
     assert 0 not in ids
     assert ids.dtype == np.uint32
     assert trained.decode([0]) == "<|document|>"

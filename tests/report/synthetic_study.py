@@ -275,7 +275,7 @@ def _decode(directory: Path, name: str, tokenizer: TextTokenizer, rng: np.random
     rows = []
     with TraceWriter(directory / "trace.arrows", header | {"requests": str(len(texts))}) as trace:
         for request, text in enumerate(texts):
-            ids = tokenizer.encode_batch([text])[0][0]
+            ids = tokenizer.spans([text])[0].ids
             prompt = Prompt(request, f"prompt-{request}", ids[:10])
             state = RequestState(prompt, 60, tokenizer.vocab_size, tokenizer.document_id, trace)
             state.context()
