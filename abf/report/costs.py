@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from abf.report.inputs import ReportCell
-from abf.track.mlflow_costs import has_failed
+from abf.track.mlflow_costs import column_sum, has_failed
 
 SHARED = "shared"
 """Stages that belong to no single arm: data, tokenizer, segmentation, base model."""
@@ -31,12 +31,12 @@ class Cost:
     @property
     def core_hours(self) -> float | None:
         """Sum of core-hours; None if no attempt has any (a cluster counts node-hours)."""
-        return _sum(self.rows, "core_hours")
+        return column_sum(self.rows, "core_hours")
 
     @property
     def node_hours(self) -> float | None:
         """Sum of node-hours; None if no attempt has any."""
-        return _sum(self.rows, "node_hours")
+        return column_sum(self.rows, "node_hours")
 
     @property
     def attempts(self) -> int:
@@ -51,7 +51,7 @@ class Cost:
     @property
     def energy_j(self) -> float | None:
         """Joules of the attempts that were measured."""
-        return _sum(self.rows, "energy_j")
+        return column_sum(self.rows, "energy_j")
 
     @property
     def energy_text(self) -> str:
@@ -121,8 +121,3 @@ def side_by_side(ledger: Sequence[Mapping[str, Any]], rule: str) -> tuple[int, i
         for i in mine
     ]
     return sum(crowded), len(mine)
-
-
-def _sum(rows: Sequence[Mapping[str, Any]], name: str) -> float | None:
-    values = [row[name] for row in rows if row[name] is not None]
-    return sum(values) if values else None

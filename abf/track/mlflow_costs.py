@@ -59,17 +59,17 @@ def has_failed(row: Row) -> bool:
 
 def figures(rows: Sequence[Row]) -> dict[str, float]:
     """Costs of some rows by metric name (`cost/...`); what was not measured is left out."""
-    joules = _total(rows, "energy_j")
+    joules = column_sum(rows, "energy_j")
     found = {
         "attempts": len(rows),
         "failed_attempts": sum(map(has_failed, rows)),
-        **{name: _total(rows, name) for name in HOURS},
+        **{name: column_sum(rows, name) for name in HOURS},
         "energy_kwh": None if joules is None else joules / JOULES_A_KWH,
     }
     return {f"{GROUP}{name}": float(value) for name, value in found.items() if value is not None}
 
 
-def _total(rows: Sequence[Row], name: str) -> float | None:
+def column_sum(rows: Sequence[Row], name: str) -> float | None:
     """The sum of a column; None if no row has it."""
     values = [row[name] for row in rows if row[name] is not None]
     return sum(values) if values else None
