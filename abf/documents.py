@@ -11,7 +11,7 @@ from functools import cache
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, TypeAdapter, ValidationError
+from pydantic import AfterValidator, Field, TypeAdapter, ValidationError
 from typing_extensions import TypedDict
 
 from abf.stages import CONFIG, MANIFEST, STAGES
@@ -30,6 +30,8 @@ def _place(place: str) -> str:
 
 Stage = Annotated[str, AfterValidator(_stage)]
 Place = Annotated[str, AfterValidator(_place)]
+Seconds = Annotated[float, Field(ge=0, le=1e10)]
+"""A time or a span that a calendar has (Unix seconds until the year 2286)."""
 
 
 class Listed(TypedDict):
@@ -48,6 +50,8 @@ class Manifest(TypedDict):
     inputs: dict[str, list[dict[str, Any]]]
     files: dict[str, Listed]
     counts: dict[str, Any]
+    started: Seconds
+    seconds: Seconds
 
 
 class Config(TypedDict):

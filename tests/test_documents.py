@@ -24,6 +24,7 @@ from tests.keeping.made import TRAIN, make
 MANIFEST = {
     "stage": "train", "stage_version": 1, "config": None, "inputs": {},
     "files": {"model/weights": {"bytes": 5, "sha256": "0"}}, "counts": {},
+    "started": 100.0, "seconds": 60.0,
 }  # fmt: skip
 OTHERS = (None, 3, "x", [], ["a"], {}, {"a": 3}, {"a": {}})
 
@@ -47,6 +48,8 @@ def mutants(document: dict[str, object]) -> Iterator[bytes]:
         (json.dumps(MANIFEST | {"stage": "cook"}).encode(), "stage: .* 'cook' is no stage"),
         (json.dumps({k: v for k, v in MANIFEST.items() if k != "counts"}).encode(),
          "counts: Field required$"),
+        (json.dumps(MANIFEST | {"started": "today"}).encode(), "started: .* number .*'today'"),
+        (json.dumps(MANIFEST | {"seconds": 1e300}).encode(), "seconds: .* less than or equal"),
     ],
 )  # fmt: skip
 def test_the_first_wrong_key_is_named_with_its_value(tmp_path: Path, raw: bytes, said: str) -> None:
@@ -77,7 +80,8 @@ def test_no_damaged_file_is_a_traceback(
     root = store.root if name.startswith("kept/") else results
     path = root / name.removeprefix("kept/")
     whole = path.read_bytes()
-    commands = [("keep",), ("keep", "--restore"), ("gc",), ("drive", "status"), ("doctor",)]
+    commands = [("keep",), ("keep", "--restore"), ("gc",), ("drive", "status"), ("doctor",),
+                ("why", TRAIN)]  # fmt: skip
     for raw in mutants(json.loads(whole)):
         for command in commands:
             path.parent.mkdir(parents=True, exist_ok=True)

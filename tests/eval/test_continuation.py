@@ -53,7 +53,7 @@ def decode_stage(corpus: Corpus, directory: Path, **counts: Any) -> Path:
     )
     manifest = {
         "stage": "decode", "stage_version": 1, "config": None, "inputs": {}, "files": {},
-        "counts": found | counts,
+        "counts": found | counts, "started": 0.0, "seconds": 1.0,
     }  # fmt: skip
     (directory / "manifest.json").write_text(json.dumps(manifest))
     return directory

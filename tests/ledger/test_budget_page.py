@@ -24,7 +24,7 @@ def finish(directory: Path, **counts: int) -> None:
     version = STAGES[directory.parent.name].version
     document = {
         "stage": directory.parent.name, "stage_version": version, "config": None, "inputs": {},
-        "counts": counts, "files": {},
+        "counts": counts, "files": {}, "started": 0.0, "seconds": 1.0,
     }  # fmt: skip
     (directory / ".done/manifest.json").write_text(json.dumps(document))
 

@@ -39,7 +39,7 @@ def finish(directory: Path, size: int) -> None:
     version = STAGES[directory.parent.name].version
     document = {
         "stage": directory.parent.name, "stage_version": version, "config": None, "inputs": {},
-        "counts": {}, "files": {"payload": entry},
+        "counts": {}, "files": {"payload": entry}, "started": 0.0, "seconds": 1.0,
     }  # fmt: skip
     (directory / ".done/manifest.json").write_text(json.dumps(document))
 
