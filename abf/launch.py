@@ -23,10 +23,10 @@ from submitit.core.utils import FailedJobError
 
 from abf.cluster import slurm
 from abf.cluster.config import LaunchConfig, SiteConfig
-from abf.cluster.jobs import job_record, launch_comment, tag, write_job_record
+from abf.cluster.jobs import OVER_BUDGET, job_record, launch_comment, tag, write_job_record
 from abf.cluster.poll import UNKNOWN, JobState, Watch
 from abf.commands import Job, run_stage
-from abf.errors import ArtifactError, ClusterError
+from abf.errors import ArtifactError, BudgetError, ClusterError
 from abf.files import atomic_path, lock
 from abf.instance import LAUNCH
 from abf.ledger.budget import job_node_hours
@@ -93,7 +93,12 @@ class Launch:
     def finish(self) -> None:
         """Attach or submit, wait, again if need be, and declare."""
         while not self.job.finished():
-            job_id = self._attached() or self._submit()
+            try:
+                job_id = self._attached() or self._submit()
+            except BudgetError as error:
+                before = {"job_id": None, "name": self.job_name} | job_record(self.directory)
+                write_job_record(self.directory, before | {OVER_BUDGET: str(error)})
+                raise
             try:
                 state = self._wait(job_id)
             finally:
@@ -114,7 +119,8 @@ class Launch:
         job_id = record.get("job_id")
         if record and job_id is None:
             # The last process died between asking for the job and writing down its id.
-            job_id = self._live_by_name(1 if "refused" in record else 1 + SETTLE_LOOKS)
+            told = record.keys() & {"refused", OVER_BUDGET}
+            job_id = self._live_by_name(1 if told else 1 + SETTLE_LOOKS)
             if job_id is None:
                 return None
             self._write(job_id, record.get("submissions", 1))

@@ -80,6 +80,8 @@ def test_a_job_that_never_began_is_named(plan: Plan) -> None:
         ({}, "submitted as job 12, which has not begun"),
         ({"ended": "CANCELLED", "why": "somebody cancelled it before it began"},
          "job 12 ended as CANCELLED: somebody cancelled it before it began"),
+        ({"ended": "TIMEOUT", "why": "", "over_budget": "it does not fit the cap"},
+         "refused: it does not fit the cap"),
         ({"job_id": None}, "whoever asked the scheduler for a job died before it answered"),
         ({"job_id": None, "refused": "Invalid qos"}, "the scheduler refused the job: Invalid qos"),
     ):  # fmt: skip

@@ -19,6 +19,8 @@ from abf.files import write_json
 
 RECORD = "job.json"
 """File in a stage directory: id, name and end of its last submitted job."""
+OVER_BUDGET = "over_budget"
+"""Key in it: why a cap or the allocation let no job be submitted after that one."""
 
 
 def tag(results: Path) -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from abf.cluster import slurm
-from abf.cluster.jobs import RECORD, by_comment, by_id, tag
+from abf.cluster.jobs import OVER_BUDGET, RECORD, by_comment, by_id, tag
 from abf.errors import ClusterError
 from abf.files import lock_holder, read_if_json
 from abf.seeing.planned import Planned
@@ -92,6 +92,8 @@ def job_said(directory: Path, record: Mapping[str, Any], last: Mapping[str, Any]
     if not record or (last is not None and last["end"] > (directory / RECORD).stat().st_mtime):
         return ""
     job_id = record.get("job_id")
+    if over := record.get(OVER_BUDGET):
+        return f"refused: {over}"
     if refused := record.get("refused"):
         return f"the scheduler refused the job: {refused}"
     if job_id is None:

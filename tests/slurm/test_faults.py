@@ -25,6 +25,7 @@ from tests.slurm.daemons import processes, wait_for
 from tests.slurm.jobs import submit, wait_attempts, wait_state
 from tests.slurm.micro import LONG, SITE, Study, copied
 from tests.slurm.reliability import Report, event, recovered
+from tests.slurm.test_status import abf
 from tests.slurm.training import at_work, curve, job_id, states
 
 PTRACE_ATTACH, WALL = 16, 0x40000000
@@ -235,6 +236,9 @@ def test_a_cap_in_the_middle_of_a_grid(study: Study, books: Callable, report: Re
     assert f"of {cap:.2f} node-hours" in refused.stdout
     assert "does not fit the cap of study micro" in refused.stdout
     assert job_id(second) is None
+    books_so_far = abf(study, "report", "results/report/micro", "--so-far")
+    assert f"sentence-s1: train/{second.name}: failed: refused: job abf-" in books_so_far
+    assert f"of {cap:.2f} node-hours" in books_so_far
     output, _ = waiting.communicate(timeout=120)
     assert waiting.returncode == 0, output
     wait_attempts(study.box, str(job_id(first)), "COMPLETED")
