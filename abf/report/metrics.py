@@ -20,6 +20,8 @@ BASE = "base_bits_per_byte"
 BOUND = "bound_bits_per_byte"
 BOUND_CUTS = "bound_with_boundary_bits_per_byte"
 TPF = "tokens_per_forward"
+EXACT = "exact_match"
+ERRORS = "word_errors"
 SPEED = "tokens_per_second"
 FLOPS = "forward_flops_per_token"
 JOULES = "joules_per_token"
@@ -33,7 +35,7 @@ NOISY = (BOUND, BOUND_CUTS)
 """Bounds that are estimated from noise draws; NOISE is their standard error."""
 COMPARED = (AR, BOUND, BOUND_CUTS)
 """What arms are compared by, pair by pair, and shown in a figure."""
-DECODING = (TPF, BASE, "distinct_2", "repeated_4", SPEED, FLOPS, JOULES)
+DECODING = (TPF, EXACT, ERRORS, BASE, "distinct_2", "repeated_4", SPEED, FLOPS, JOULES)
 """Columns of the table of generated text; everything else is in the list of all scores."""
 
 _TEXTS = {
@@ -42,6 +44,8 @@ _TEXTS = {
     BOUND: MetricText("Block bound, cuts given", "lower"),
     BOUND_CUTS: MetricText("Block bound with boundary bits", "lower"),
     TPF: MetricText("Tokens per forward", "higher"),
+    EXACT: MetricText("Right answers", "higher"),
+    ERRORS: MetricText("Wrong words", "lower"),
     SPEED: MetricText("Speed here", "higher"),
     FLOPS: MetricText("Modelled work", "lower"),
     JOULES: MetricText("Energy", "lower"),
