@@ -118,7 +118,7 @@ def decoded(corpus: Corpus, directory: Path, task: ListsTask = TASK) -> Path:
     )
     manifest = {
         "stage": "decode", "stage_version": 1, "config": None, "inputs": {}, "files": {},
-        "counts": counts,
+        "counts": counts, "started": 0.0, "seconds": 1.0,
     }  # fmt: skip
     (directory / "manifest.json").write_text(json.dumps(manifest))
     return directory
