@@ -1,38 +1,24 @@
-"""`abf budget`: what was spent, is committed and is to come, in node-hours, as text and as a plot.
-
-Days and months are those of UTC. A month's share of the allocation is its share of the days, as
-`saldo -b` has it (monthTotal = total * days / all days).
-"""
+"""`abf budget`: what was spent, is committed and is to come, as text and as a plot."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 
-from abf.artifacts import PlanDocument, read_plans
 from abf.cluster.config import SiteConfig
-from abf.cluster.history import Attempt
 from abf.cluster.saldo import read_saldo
-from abf.errors import ArtifactError
 from abf.files import write_text
 from abf.grid import load_study
+from abf.ledger.books import Books, months, open_books, refuse
 from abf.ledger.budget import (
-    Limit,
-    Used,
     allocation_bounds,
     check_dates,
     figure,
-    limits,
-    measure,
     spent_node_hours,
 )
-from abf.ledger.forecast import INTERVAL, Forecast, forecast
-from abf.ledger.reserve import open_reservations
+from abf.ledger.forecast import INTERVAL
 from abf.ledger.storage import measure_storage, storage_lines
-from abf.ledger.work import calibration_cells, work_done, work_left
+from abf.ledger.work import calibration_cells
 from abf.plan import Plan
 from abf.site import load_site
 
@@ -41,58 +27,6 @@ SALDO_LAG_S = DAY_S
 """saldo's books are closed once a day."""
 ROUNDING = 0.005
 """Share by which two books may differ: one counts whole minutes."""
-
-
-@dataclass(frozen=True)
-class Month:
-    """One month, or the part of it that lies in the allocation."""
-
-    name: str
-    spent_node_hours: float
-    share_node_hours: float | None
-    """Of the allocation, by days; none without one."""
-    begun: bool
-
-
-@dataclass(frozen=True)
-class Books:
-    """Everything that is printed."""
-
-    site: SiteConfig
-    used: Used
-    attempts: Sequence[Attempt]
-    reserved: Mapping[str, Mapping[str, float]]
-    plans: Sequence[PlanDocument]
-    """Of all studies."""
-    wanted: Sequence[PlanDocument]
-    """Of those that are forecast."""
-    forecast: Forecast
-    results: Path
-
-    def limits(self) -> list[Limit]:
-        """The allocation and the caps of the forecast studies."""
-        return limits(self.wanted, self.used, self.site, reserved=self.reserved)
-
-
-def open_books(results: Path, site: SiteConfig, study: str | None = None) -> Books:
-    """Ask the scheduler and read the plans.
-
-    Args:
-        study: name of the one to forecast; None: all that are planned.
-
-    Raises:
-        ClusterError: the accounting does not answer.
-        ArtifactError: there is no plan of that name.
-    """
-    plans = read_plans(results)
-    wanted = [plan for plan in plans if study in (None, plan["study"])]
-    if study is not None and not wanted:
-        raise ArtifactError(f"{results}/plan holds no study {study}; `abf plan` writes it")
-    used, attempts = measure(results, site)
-    done = work_done(used, results)
-    left = work_left((place for plan in wanted for place in plan["stages"]), used, results)
-    reserved = open_reservations(results, attempts, site)
-    return Books(site, used, attempts, reserved, plans, wanted, forecast(left, done), results)
 
 
 def check_plan(plan: Plan, site: SiteConfig) -> str:
@@ -110,14 +44,6 @@ def check_plan(plan: Plan, site: SiteConfig) -> str:
     books = open_books(plan.results, site, plan.study.name)
     refuse(books)
     return "\n".join(_forecast_lines(books, str(plan.study.path)))
-
-
-def refuse(books: Books) -> None:
-    """Raise BudgetError for the first limit that the forecast's upper end would pass."""
-    high = books.forecast.high_node_hours
-    for limit in books.limits():
-        names = ", ".join(plan["study"] for plan in books.wanted)
-        limit.check(f"what is left of {names}", high, as_name="forecast (upper end)")
 
 
 def show_budget(results: Path, study: Path | None, plot: Path | None) -> None:
@@ -143,41 +69,6 @@ def show_budget(results: Path, study: Path | None, plot: Path | None) -> None:
     if plan is not None:
         check_dates(site)
         refuse(books)
-
-
-def months(books: Books) -> list[Month]:
-    """Node-hours by month, jobs over midnight of a month's last day divided by time."""
-    allocation, now = books.site.allocation, books.used.at
-    starts = [a.start for a in books.attempts if a.start is not None]
-    if allocation is not None:
-        begin, end = allocation_bounds(allocation)
-    elif starts:
-        begin, end = min(starts), now + 1
-    else:
-        return []
-    full, found = books.site.node.billing, []
-    for first, last, name in _spans(begin, end):
-        # Most jobs lie in no other month: a look at two numbers passes them by.
-        spent = sum(
-            spent_node_hours(a, full_billing=full, begin=first, end=last)
-            for a in books.attempts
-            if a.start is not None and a.start < last and (a.end is None or a.end > first)
-        )
-        share = None
-        if allocation is not None:
-            share = allocation.node_hours * (last - first) / (end - begin)
-        found.append(Month(name, spent, share, first <= now))
-    return found
-
-
-def _spans(begin: float, end: float) -> Iterator[tuple[float, float, str]]:
-    first = begin
-    while first < end:
-        day = datetime.fromtimestamp(first, UTC)
-        year, month = (day.year + 1, 1) if day.month == 12 else (day.year, day.month + 1)
-        last = min(datetime(year, month, 1, tzinfo=UTC).timestamp(), end)
-        yield first, last, f"{day:%Y-%m}"
-        first = last
 
 
 # --- the page ----------------------------------------------------------------------------------

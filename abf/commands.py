@@ -2,100 +2,18 @@
 
 from __future__ import annotations
 
-import os
 import shutil
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from pydantic import TypeAdapter, ValidationError
-
 from abf.base import SEEDS
-from abf.documents import parse_document
 from abf.errors import ArtifactError
 from abf.files import lock
-from abf.instance import origin
+from abf.job import Job, plan_of
 from abf.site import load_node
-from abf.stage import StageRun, declare, is_finished, stage
-from abf.stages import CONFIG, SO_FAR, stage_dir
-
-
-@dataclass(frozen=True)
-class Job:
-    """A planned stage directory, opened."""
-
-    directory: Path
-    document: dict[str, Any]
-    results: Path
-
-    @staticmethod
-    def open(name: str, path: Path) -> Job:
-        """Read `config.json` of a stage directory.
-
-        Raises:
-            ArtifactError: there is none, or it belongs to another stage.
-        """
-        directory = stage_dir(path)
-        config = directory / CONFIG
-        try:
-            document = parse_document(config, config.read_bytes())
-        except FileNotFoundError:
-            raise ArtifactError(
-                f"{config} does not exist; `abf plan STUDY.yaml` writes and lists them"
-            ) from None
-        except ValueError as error:
-            raise ArtifactError(
-                f"{config} is damaged ({error}); delete it and plan again"
-            ) from None
-        if document.get("stage") != name:
-            raise ArtifactError(
-                f"{config} belongs to stage {document.get('stage')!r}, not {name!r}"
-            )
-        depth = len(Path(document["stage"], document["key"]).parts)
-        return Job(directory, document, directory.absolute().parents[depth - 1])
-
-    def setting(self, name: str, kind: Any = None) -> Any:
-        """A part of the configuration, as its config class when one is given."""
-        value = self.document["config"][name]
-        if kind is None:
-            return value
-        try:
-            return TypeAdapter(kind).validate_python(value)
-        except ValidationError as error:
-            raise ArtifactError(
-                f"{self.directory / 'config.json'}: {name} is not what the planner writes "
-                f"({error.errors()[0]['msg']}); delete the file and plan again"
-            ) from None
-
-    def inputs(self, name: str) -> list[Path]:
-        """Input stage directories of that name."""
-        found = self.document["inputs"][name]
-        return [self._place(p) for p in ([found] if isinstance(found, str) else found)]
-
-    def input(self, name: str) -> Path:
-        """The one input stage directory of that name."""
-        (found,) = self.inputs(name)
-        return found
-
-    def all_inputs(self) -> dict[str, list[Path]]:
-        """Every input, by name."""
-        return {name: self.inputs(name) for name in self.document["inputs"]}
-
-    def finished(self) -> bool:
-        """Whether this very work lies here, finished and whole, declared or not.
-
-        Raises:
-            ArtifactError: an input is unfinished or damaged.
-        """
-        # An imported checkpoint's files may have changed; nothing here knows them.
-        stage, config = self.document["stage"], self.directory / CONFIG
-        if stage == "base" and origin(stage, self.document["config"]):
-            return False
-        return is_finished(stage, self.directory, inputs=self.all_inputs(), config=config)
-
-    def _place(self, relative: str) -> Path:
-        return Path(os.path.relpath(self.results / relative))
+from abf.stage import StageRun, declare, stage
+from abf.stages import CONFIG, SO_FAR
 
 
 def fetch(job: Job, run: StageRun) -> dict[str, Any]:
@@ -194,9 +112,8 @@ def base(job: Job, run: StageRun) -> dict[str, Any]:
     if not result.first:
         return {}
     save_hf(result.model, run.staging / "base")
-    parameters = sum(p.numel() for p in result.model.parameters())
     return {
-        "parameters": parameters,
+        "parameters": sum(p.numel() for p in result.model.parameters()),
         "steps": result.steps,
         "tokens": result.tokens,
         "train_s": result.seconds,
@@ -352,13 +269,6 @@ def _reading(job: Job) -> dict[str, Any]:
     return {"shift": loss["shift"], "clean_stream": loss["clean_stream"]}
 
 
-def plan_of(job: Job) -> Mapping[str, Any]:
-    """The plan of the study that a directory is the end of."""
-    from abf.artifacts import read_plan
-
-    return read_plan(job.results / "plan" / job.setting("plan"))
-
-
 def run_stage(name: str, path: Path, *, declared: bool = True) -> None:
     """Run one stage directory to its manifest; finished work is only declared again.
 
@@ -379,7 +289,7 @@ def run_stage(name: str, path: Path, *, declared: bool = True) -> None:
                 declare(directory)
             return
     with stage(
-        name, directory, inputs=inputs, config=config, cores=_cores(job), declared=declared
+        name, directory, inputs=inputs, config=config, cores=job.cores(), declared=declared
     ) as run:
         run.counts = STAGE_COMMANDS[name](job, run)
 
@@ -388,10 +298,3 @@ def follow_stage(name: str, path: Path) -> None:
     """Take part in a distributed stage as another rank than the first, which writes everything."""
     job = Job.open(name, path)
     STAGE_COMMANDS[name](job, StageRun(job.directory))
-
-
-def _cores(job: Job) -> int:
-    config = job.document["config"]
-    places = [config, *(config.get(part, {}) for part in ("train", "decoder", "scoring"))]
-    nested = config.get("base", {}).get("train", {})
-    return max(part.get("threads", 1) for part in (*places, nested) if isinstance(part, dict))

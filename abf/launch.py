@@ -25,10 +25,11 @@ from abf.cluster import slurm
 from abf.cluster.config import LaunchConfig, SiteConfig
 from abf.cluster.jobs import OVER_BUDGET, job_record, launch_comment, tag, write_job_record
 from abf.cluster.poll import UNKNOWN, JobState, Watch
-from abf.commands import Job, run_stage
+from abf.commands import run_stage
 from abf.errors import ArtifactError, BudgetError, ClusterError
 from abf.files import atomic_path, lock
 from abf.instance import LAUNCH
+from abf.job import Job
 from abf.ledger.budget import job_node_hours
 from abf.ledger.reserve import allow
 from abf.rank import TrainJob, stuck_mark

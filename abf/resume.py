@@ -14,9 +14,9 @@ from pathlib import Path
 from abf.budget import check_plan
 from abf.cluster.config import SiteConfig
 from abf.cluster.limits import store_limits
-from abf.commands import Job
 from abf.driver import claim, settle
 from abf.errors import ArtifactError
+from abf.job import Job
 from abf.plan import Plan
 from abf.stage import declare
 from abf.stages import MANIFEST

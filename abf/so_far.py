@@ -14,9 +14,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from abf.artifacts import LEDGER, PlanDocument, read_table
-from abf.commands import Job, plan_of
 from abf.errors import ArtifactError, ClusterError, LockError
 from abf.files import lock
+from abf.job import Job, plan_of
 from abf.ledger.build import build_ledger
 from abf.ledger.slurm import kept_records, scheduled_rows, slurm_rows
 from abf.report.config import ReportConfig

@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from abf.budget import months, open_books, show_budget
+from abf.budget import show_budget
 from abf.cli import main
 from abf.cluster.config import AllocationConfig, SiteConfig
 from abf.errors import BudgetError
+from abf.ledger.books import months, open_books
 from abf.plan import Plan
 from tests.ledger.accounting import NOW, RUN, SITE, line
 
