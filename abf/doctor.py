@@ -26,7 +26,7 @@ from abf.cluster.saldo import read_saldo
 from abf.config import read_yaml
 from abf.errors import AbfError, ArtifactError, ClusterError, ConfigError, os_fault
 from abf.grid import load_study
-from abf.instance import Instance, origin
+from abf.instance import Instance, origin, trainings
 from abf.ledger.storage import judge, measure_storage
 from abf.outside import check_outside
 from abf.plan import Plan
@@ -139,20 +139,11 @@ def cluster(
         f"controller and accounting of {told.get('ClusterName')} answer, Slurm "
         f"{told.get('SLURM_VERSION')}; limits stored in {results}/.driver/limits.json",
     )
-    lanes = checks.lanes(site)
-    entry = [checks.account(site, limits)]
-    entry += [checks.partition(lane, site, limits) for lane in lanes]
+    plans = trainings(plan.instances.values() if plan else ())
+    entry = checks.entry(site, limits, plans, checks.lanes(site))
     yield from entry
-    plans = trainings(plan)
-    services = [checks.qos(lane, site, limits) for lane in lanes]
-    if any(finding.level == Level.FAIL for finding in entry):
-        # A QOS that is wrong as well is said; that it is right means nothing yet.
-        yield from (finding for finding in services if finding.level == Level.FAIL)
-    else:
-        entry = [*services, checks.node(site, limits), *checks.launches(site, limits, plans)]
-        yield from entry
-        if all(finding.level != Level.FAIL for finding in entry):
-            yield from accepted(site, list(plans) or [LaunchConfig(minutes=site.max_minutes)])
+    if all(finding.level != Level.FAIL for finding in entry):
+        yield from accepted(site, list(plans) or [LaunchConfig(minutes=site.max_minutes)])
     yield from budget(site, limits, list(plans))
     yield from status(limits, profile)
     yield checks.requeue(site, limits)
@@ -160,15 +151,6 @@ def cluster(
         yield from debug_job(site, limits, results)
     elif job:
         yield warn("job", "not submitted: it would be refused (see FAIL above)")
-
-
-def trainings(plan: Plan | None) -> dict[LaunchConfig, list[str]]:
-    """Launch settings of a study, each with the directories that have them."""
-    found: dict[LaunchConfig, list[str]] = {}
-    for instance in plan.instances.values() if plan else ():
-        if instance.launch is not None:
-            found.setdefault(instance.launch, []).append(instance.place)
-    return found
 
 
 def budget(site: SiteConfig, limits: Limits, plans: list[LaunchConfig]) -> Iterator[Finding]:

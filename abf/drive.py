@@ -18,8 +18,9 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from abf.cluster import slurm
+from abf.cluster import checks, slurm
 from abf.cluster.config import SiteConfig
+from abf.cluster.limits import store_limits
 from abf.documents import parse_document
 from abf.errors import ArtifactError, ClusterError, LockError
 from abf.files import make_folder, write_json
@@ -86,7 +87,8 @@ class Drive:
         """Submit the driver; returns its job id.
 
         Raises:
-            ConfigError: the study cannot be run, or no Snakefile is here.
+            ConfigError: the study cannot be run, no Snakefile is here, or the scheduler would
+                refuse the site file's jobs.
             LockError: one is at work already; names it.
             ClusterError: the scheduler refuses it.
         """
@@ -99,6 +101,7 @@ class Drive:
             )
         site = load_site()
         make_folder(self.folder)
+        checks.refuse(checks.entry(site, store_limits(site, self.results), {}, checks.lanes(site)))
         command = [
             *("snakemake", "--profile", profile),
             *("--config", f"study={study}", f"results={self.results}"),

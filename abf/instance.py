@@ -6,7 +6,7 @@ import functools
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -124,3 +124,12 @@ def write_if_changed(path: Path, document: dict[str, Any]) -> bool:
     temporary.write_text(json.dumps(document, indent=1, sort_keys=True) + "\n", encoding="utf-8")
     os.replace(temporary, path)
     return True
+
+
+def trainings(instances: Iterable[Instance]) -> dict[LaunchConfig, list[str]]:
+    """Launch settings of a plan's jobs, each with the directories that have them."""
+    found: dict[LaunchConfig, list[str]] = {}
+    for instance in instances:
+        if instance.launch is not None:
+            found.setdefault(instance.launch, []).append(instance.place)
+    return found

@@ -12,10 +12,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from abf.budget import check_plan
+from abf.cluster import checks
 from abf.cluster.config import SiteConfig
 from abf.cluster.limits import store_limits
 from abf.driver import claim, settle
 from abf.errors import ArtifactError
+from abf.instance import trainings
 from abf.job import Job
 from abf.plan import Plan
 from abf.stage import declare
@@ -28,18 +30,20 @@ INCOMPLETE = Path(".snakemake", "incomplete")
 def take_over(plan: Plan, site: SiteConfig) -> None:
     """Claim the results folder, wait for a dead driver's jobs, declare what they finished.
 
-    Then the site's limits are stored with the run (they move), and a plan that does not fit the
-    budget is refused before anything is submitted.
+    The site's limits are stored with the run (they move). What they would refuse, and a plan that
+    does not fit the budget, is refused before anything is submitted.
 
     Raises:
+        ConfigError: account, partition, QOS or size of the jobs are not what the scheduler takes.
         LockError: another driver is at work.
         ClusterError: the scheduler does not answer.
         BudgetError: the plan does not fit; says by how much, and what to change.
     """
     claim(plan.results, str(plan.study.path))
+    limits, computing = store_limits(site, plan.results), checks.lanes(site)[:1]
+    checks.refuse(checks.entry(site, limits, trainings(plan.instances.values()), computing))
     settle(plan.results, [i.place for i in plan.instances.values()], interval=site.poll_seconds)
     _declare_finished(plan)
-    store_limits(site, plan.results)
     print(check_plan(plan, site), file=sys.stderr, flush=True)
 
 

@@ -5,12 +5,13 @@ Pure functions: the scheduler's limits in, findings out, one line each. Duration
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
 from abf.cluster.config import LaunchConfig, SiteConfig
 from abf.cluster.limits import Limits, Partition, Qos
+from abf.errors import ConfigError
 
 SIGNAL_EARLY_SECONDS = 60
 """Slurm may send the warning before the time limit this much too early."""
@@ -215,6 +216,33 @@ def launches(
             )
         else:
             yield ok("launch", f"{who}: {plan.nodes} node(s), {seconds // 60} minutes a job")
+
+
+def entry(
+    site: SiteConfig,
+    limits: Limits,
+    plans: Mapping[LaunchConfig, list[str]],
+    lanes: Sequence[Lane],
+) -> list[Finding]:
+    """Whether the scheduler lets jobs in on these lanes."""
+    places = [account(site, limits), *(partition(lane, site, limits) for lane in lanes)]
+    services = [qos(lane, site, limits) for lane in lanes]
+    if any(finding.level == Level.FAIL for finding in places):
+        # A QOS that is wrong as well is said; that it is right means nothing yet.
+        return places + [finding for finding in services if finding.level == Level.FAIL]
+    return [*places, *services, node(site, limits), *launches(site, limits, plans)]
+
+
+def refuse(findings: Iterable[Finding]) -> None:
+    """Let nothing be submitted that would be refused, or wait for ever.
+
+    Raises:
+        ConfigError: something FAILs; each with what to do.
+    """
+    if wrong := [f"{f.what}: {f.text}" for f in findings if f.level == Level.FAIL]:
+        raise ConfigError(
+            "\n".join(["nothing was submitted (`abf doctor` checks the same and more):", *wrong])
+        )
 
 
 def _least(found: Qos | None) -> Mapping[str, float]:
