@@ -19,10 +19,12 @@ def assert_same(rows: Iterable[Mapping[str, Any]], told: Iterable[Mapping[str, s
     """The ledger's rows are sacct's: the same attempts, to the second, at the same price."""
     ledger = sorted(rows, key=lambda r: (r["job_id"], r["submit_time"]))
     books = sorted(told, key=lambda r: (r["JobIDRaw"], r["Submit"]))
-    assert [(r["job_id"], r["submit_time"], r["state"], r["elapsed_s"]) for r in ledger] == [
+    ours = [(r["job_id"], r["submit_time"], r["state"], r["elapsed_s"]) for r in ledger]
+    theirs = [
         (r["JobIDRaw"], _utc(r["Submit"]), r["State"].split()[0], float(r["ElapsedRaw"]))
         for r in books
     ]
+    assert ours == theirs, f"ledger {ours}, sacct {theirs}"  # pytest explains none of this module's
     for row, book in zip(ledger, books, strict=True):
         tres = dict(part.split("=") for part in book["AllocTRES"].split(",") if part)
         hours = int(book["ElapsedRaw"]) / 3600
