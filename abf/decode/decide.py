@@ -7,7 +7,7 @@ breaks this is at fault. Beyond that an action is done as far as these rules let
 - locked slots are immune; a slot is substituted at most `edits_per_slot` times (not: timed);
 - a block holds at most `max_block` slots, and no more than may still be delivered; it is never left
   empty (the least likely deletion is dropped);
-- a step that changes nothing fills the surest mask. If there is none, the block is at a fixed point
+- a step that does nothing fills the surest mask. If there is none, the block is at a fixed point
   and is closed as stalled (not: timed);
 - a text that the block has been before locks what moved since, and nothing is inserted any more:
   with the cap on substitutions this ends every block (not: timed);
@@ -77,7 +77,8 @@ def resolve(
     locked &= ~delete
     gaps, counts = _insertions(view, action, delete, locked & (new == view.document_id), name)
 
-    changes = delete.any() or (new != view.ids).any() or len(gaps) > 0
+    lock = locked & ~block.locked[:n]
+    changes = delete.any() or (new != view.ids).any() or len(gaps) > 0 or lock.any()
     ends = action.complete is True or view.steps_left <= 0
     if not changes and not ends and not timed:
         if view.is_mask.any():

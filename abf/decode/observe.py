@@ -114,7 +114,7 @@ def _edit_view(
     n = block.live
     gates = read_gates(edits, torch.tensor(view.is_mask))
     slots = block.slots[:n]
-    room = 0 if block.oscillates else min(limits.max_block, state.tokens_left) - n
+    room = 0 if block.oscillates else min(limits.max_block, state.tokens_left) - len(block.slots)
     spent = slots["changes"] >= limits.edits_per_slot
     return EditView(
         gap_uids=_sealed(np.concatenate([[state.last_uid], view.uids])),

@@ -22,7 +22,7 @@ from abf.decode.trace import read_trace
 from abf.errors import ArtifactError
 
 
-class _EventError(Exception):
+class RuleError(Exception):
     """An event that cannot follow the ones before it."""
 
 
@@ -67,39 +67,39 @@ class Folded:
         return state_bytes(closed, self.uids, self.ids, self.locked)
 
     def apply(self, kind: int, uid: int, left: int, old: int, new: int, length: int) -> None:
-        """Fold one event in; raises _EventError with the rule it breaks."""
+        """Fold one event in; raises RuleError with the rule it breaks."""
         if self.ended:
-            raise _EventError("follows the request's END")
+            raise RuleError("follows the request's END")
         if kind in _WRITES:
             slot = self._free(uid, _WRITING)
             held = self.ids[slot]
             if old != held or (held == self.mask_id) != (kind == _FILL):
-                raise _EventError(f"writes uid {uid}, which holds {held}, not {old}")
+                raise RuleError(f"writes uid {uid}, which holds {held}, not {old}")
             if not 0 <= new < self.mask_id or new == old:
-                raise _EventError(f"writes id {new} over {old}")
+                raise RuleError(f"writes id {new} over {old}")
             self.ids[slot] = new
         elif kind == _COMMIT:
             slot = self._free(uid, _LOCKING)
             if self.ids[slot] != new or new == self.mask_id:
-                raise _EventError(f"commits {new} at uid {uid}, which holds {self.ids[slot]}")
+                raise RuleError(f"commits {new} at uid {uid}, which holds {self.ids[slot]}")
             self.locked[slot] = True
         elif kind == _KV_WRITE:
             if not self.unwritten or self.unwritten.pop(0) != uid:
-                raise _EventError(f"writes keys of uid {uid} out of turn")
+                raise RuleError(f"writes keys of uid {uid} out of turn")
             if self.token_ids[len(self.token_ids) - len(self.unwritten) - 1] != new:
-                raise _EventError(f"writes keys of id {new}, which was not delivered")
+                raise RuleError(f"writes keys of id {new}, which was not delivered")
         elif kind == _INSERT:
             self._insert(uid, left, new)
         elif kind == _DELETE:
             slot = self._free(uid, _DELETING)
             if old != self.ids[slot]:
-                raise _EventError(f"deletes {old} at uid {uid}, which holds {self.ids[slot]}")
+                raise RuleError(f"deletes {old} at uid {uid}, which holds {self.ids[slot]}")
             if not self.reopening:
                 self.banned.add(self.uids[slot - 1] if slot else self.last_uid)
             del self.uids[slot], self.ids[slot], self.locked[slot]
         elif kind == _OPEN:
             if self.active or self.unwritten or length < 0:
-                raise _EventError("opens a block before the one before it was closed and written")
+                raise RuleError("opens a block before the one before it was closed and written")
             self.active, self.due = True, length
         elif kind in _CLOSING:
             self._complete(length)
@@ -107,15 +107,13 @@ class Folded:
             self._reopen(length)
         elif kind == _PROMPT:
             if self.active or self.token_ids:
-                raise _EventError("is context after the first block")
+                raise RuleError("is context after the first block")
             self._fresh(uid, left, self.last_uid)
             self.prompt_ids.append(new)
             self.last_uid = uid
         else:
             if self.active or self.unwritten or length != len(self.token_ids):
-                raise _EventError(
-                    f"ends after {length} new tokens, but {len(self.token_ids)} stand"
-                )
+                raise RuleError(f"ends after {length} new tokens, but {len(self.token_ids)} stand")
             self.ended = True
 
     def begin(self) -> None:
@@ -126,25 +124,25 @@ class Folded:
     def _free(self, uid: int, stage: int) -> int:
         """Place of a slot that may be changed by an operation of this stage of a step."""
         if self.due or uid not in self.uids:
-            raise _EventError(f"touches uid {uid}, no slot of the active block")
+            raise RuleError(f"touches uid {uid}, no slot of the active block")
         slot = self.uids.index(uid)
         if self.locked[slot]:
-            raise _EventError(f"touches uid {uid}, which is locked")
+            raise RuleError(f"touches uid {uid}, which is locked")
         self._advance(stage)
         if slot < self.place:
-            raise _EventError(f"touches uid {uid} a second time, or out of order")
+            raise RuleError(f"touches uid {uid} a second time, or out of order")
         self.place = slot + (stage != _DELETING)
         return slot
 
     def _advance(self, stage: int) -> None:
         if stage < self.stage:
-            raise _EventError("comes after a later operation of its step")
+            raise RuleError("comes after a later operation of its step")
         if stage > self.stage:
             self.stage, self.place = stage, len(self.uids) + 1 if stage == _INSERTING else 0
 
     def _insert(self, uid: int, left: int, new: int) -> None:
         if not self.active or new != self.mask_id:
-            raise _EventError("inserts without an open block, or something else than a mask")
+            raise RuleError("inserts without an open block, or something else than a mask")
         end = self.uids[-1] if self.uids else self.last_uid
         if self.due:
             self._fresh(uid, left, end)
@@ -153,10 +151,10 @@ class Folded:
         else:
             self._advance(_INSERTING)
             if left not in (self.last_uid, *self.uids):
-                raise _EventError(f"inserts behind uid {left}, no slot of the active block")
+                raise RuleError(f"inserts behind uid {left}, no slot of the active block")
             at = 0 if left == self.last_uid else self.uids.index(left) + 1
             if (left != self.newest and at >= self.place) or left in self.banned:
-                raise _EventError(f"inserts behind uid {left}, where it may not")
+                raise RuleError(f"inserts behind uid {left}, where it may not")
             self.place = min(self.place, at)
             self._fresh(uid, left, left)
             self.newest = uid
@@ -166,16 +164,14 @@ class Folded:
 
     def _fresh(self, uid: int, left: int, before: int) -> None:
         if uid != self.next_uid or left != before:
-            raise _EventError(
-                f"adds uid {uid} behind {left}; expected {self.next_uid} and {before}"
-            )
+            raise RuleError(f"adds uid {uid} behind {left}; expected {self.next_uid} and {before}")
         self.next_uid += 1
 
     def _complete(self, length: int) -> None:
         if not self.active or self.due or not 1 <= length <= len(self.uids):
-            raise _EventError(f"delivers {length} of {len(self.uids)} slots")
+            raise RuleError(f"delivers {length} of {len(self.uids)} slots")
         if not all(self.locked[:length]):
-            raise _EventError("delivers a slot that was not committed")
+            raise RuleError("delivers a slot that was not committed")
         self.token_ids += self.ids[:length]
         self.block_lengths.append(length)
         self.unwritten = self.uids[:length]
@@ -184,9 +180,9 @@ class Folded:
 
     def _reopen(self, length: int) -> None:
         if self.active or not self.unwritten or len(self.unwritten) != self.block_lengths[-1]:
-            raise _EventError("reopens a block that was not just closed")
+            raise RuleError("reopens a block that was not just closed")
         if length != self.block_lengths.pop():
-            raise _EventError(f"reopens {length} slots of {len(self.unwritten)}")
+            raise RuleError(f"reopens {length} slots of {len(self.unwritten)}")
         self.uids, self.unwritten = self.unwritten, []
         self.ids, self.token_ids = self.token_ids[-length:], self.token_ids[:-length]
         self.locked, self.active, self.last_uid = [False] * length, True, self.behind
@@ -239,15 +235,15 @@ def fold(table: pa.Table, *, mask_id: int, where: str) -> dict[int, Folded]:
         expected, digest = chains.get(request, (0, b""))
         try:
             if seq != expected:
-                raise _EventError(f"should be seq {expected}: events are missing or out of order")
+                raise RuleError(f"should be seq {expected}: events are missing or out of order")
             before = state.state() if first else b""
             digest = link(digest, data[row * size : (row + 1) * size], before)
             if digest.hex() != logged:
-                raise _EventError("does not fit the hash chain: it, or the state, was altered")
+                raise RuleError("does not fit the hash chain: it, or the state, was altered")
             if first:
                 state.begin()
             state.apply(kind, uid, left, old, new, length)
-        except _EventError as error:
+        except RuleError as error:
             block, step = int(events["block"][row]), int(events["step"][row])
             raise ArtifactError(
                 f"{where}: first bad event is request {request}, seq {seq} ({TYPES[kind]}, block "

@@ -268,7 +268,7 @@ class PlainLoop:
                 surest = max(open_, key=lambda j: float(probs[j].max()))
                 written[surest] = int(probs[surest].argmax())
             inserts: dict[int, int] = {}
-            space = room - n
+            space = room - len(ids)
             if "insert" in ops and growing and space > 0:
                 groups: list[list[int]] = [[0]]
                 for j in range(n):
@@ -289,16 +289,16 @@ class PlainLoop:
                 )  # fmt: skip
             inserts = {gap: count for gap, count in inserts.items() if count}
             done = not wanted and complete >= cfg.complete
-            stalled = not done and not gone and not written and not inserts
+            calm = [
+                j for j in range(n)
+                if cfg.lock_after and j in free and ids[j] != V and j not in {*gone, *written}
+                and step - slots[j]["at"] >= cfg.lock_after
+            ]  # fmt: skip
+            stalled = not done and not gone and not written and not inserts and not calm
             if done or stalled:
                 self.stalled += stalled
                 text = ids[:n]
                 return text[: text.index(0) + 1] if 0 in text else text
-            calm = [
-                j for j in range(n)
-                if cfg.lock_after and ids[j] != V and j not in gone and j not in written
-                and step - slots[j]["at"] >= cfg.lock_after
-            ]  # fmt: skip
             for j in calm:
                 slots[j]["locked"] = True
             seen.setdefault(tuple(ids[:n]), step)

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pytest
 
 from abf.base import build
-from abf.decode.config import FixedExtent
+from abf.decode.config import AbfStrategy, FixedExtent
 from abf.decode.edits import Edits
 from abf.decode.replay import replay
 from abf.decode.request import RequestState, Sample
@@ -85,6 +85,46 @@ def test_a_changed_field_is_named(
         return before
 
     row = rewrite(logged[0], tmp_path / "log", alter)
+    with pytest.raises(
+        ArtifactError, match=rf"/log: first bad event is request 3, seq {row['seq']} \("
+    ):
+        replay(tmp_path / "log")
+
+
+EDITED = [
+    ("DELETE", "uid", lambda v: v + 1),
+    ("DELETE", "gate", lambda v: v / 2),
+    ("DELETE", "old_id", lambda v: v - 1),
+    ("SUBSTITUTE", "new_id", lambda v: (v + 1) % 90),
+    ("SUBSTITUTE", "type", lambda v: "FILL"),
+    ("INSERT", "gate", lambda v: v + 1),
+    ("INSERT", "left_uid", lambda v: v - 1),
+    ("STALLED_COMPLETE", "type", lambda v: "COMPLETE"),
+    ("COMPLETE", "gate", lambda v: v / 2),
+    ("REOPEN", "prob", lambda v: v / 2),
+    ("REOPEN", "length", lambda v: v + 1),
+]
+
+
+@pytest.fixture(scope="module")
+def edited(editor: Transformer, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("edited") / "trace.arrows"
+    strategy = build(AbfStrategy(fill=0.4, substitute=0.2, delete=0.4), room="abf.decode.strategy")
+    tiny_decode(path, tiny_engine(editor, strategy, reopen=-2.0), tiny_prompts(4))
+    return path
+
+
+@pytest.mark.parametrize(("kind", "field", "change"), EDITED, ids=lambda v: str(v)[:12])
+def test_a_changed_field_of_an_edit_is_named(
+    edited: Path, tmp_path: Path, kind: str, field: str, change: Any
+) -> None:
+    def alter(rows: list[dict[str, Any]]) -> dict[str, Any]:
+        row = [r for r in rows if r["type"] == kind and r["request"] == 3][-1]
+        before = dict(row)
+        row[field] = change(row[field])
+        return before
+
+    row = rewrite(edited, tmp_path / "log", alter)
     with pytest.raises(
         ArtifactError, match=rf"/log: first bad event is request 3, seq {row['seq']} \("
     ):

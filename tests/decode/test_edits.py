@@ -1,0 +1,438 @@
+"""The rules of the edit machinery: each by example, then all of them under random strategies."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from abf.decode.events import CODE
+from abf.decode.observe import Limits
+from abf.decode.replay import Folded, RuleError, fold, replay
+from abf.decode.trace import read_trace
+from abf.decode.view import Action, BlockView, Gaps, Tokens
+from tests.decode.blocks import Driver, Scripted, V
+
+
+def ints(*values: int) -> np.ndarray:
+    return np.array(values, dtype=np.int64)
+
+
+def act(driver: Driver, **operations: Any) -> None:
+    """One step of the named operations, with slots and gaps by place instead of by uid."""
+
+    def decide(view: BlockView) -> Action:
+        found: dict[str, Any] = {"complete": False}
+        for name, value in operations.items():
+            if name in ("commit", "fill", "substitute"):
+                found[name] = Tokens(view.uids[list(value)], ints(*value.values()))
+            elif name == "insert":
+                assert view.edit is not None
+                found[name] = Gaps(view.edit.gap_uids[list(value)], ints(*value.values()))
+            elif name in ("delete", "lock"):
+                found[name] = view.uids[value]
+            else:
+                found[name] = value
+        return Action(**found)
+
+    driver.step(Scripted(decide))
+
+
+@pytest.fixture
+def driver(tmp_path: Path) -> Driver:
+    """A block of 1 2 3 4, filled."""
+    found = Driver(tmp_path / "log")
+    found.state.open(4)
+    act(found, fill={0: 1, 1: 2, 2: 3, 3: 4})
+    return found
+
+
+def test_operations_apply_to_the_slots_they_name(driver: Driver) -> None:
+    act(driver, delete=[0], substitute={2: 30}, insert={4: 2, 2: 1})
+    assert driver.ids == [2, V, 30, 4, V, V]
+    step = [e for e in driver.events() if e["step"] == 1]
+    assert [e["type"] for e in step] == ["DELETE", "SUBSTITUTE", "INSERT", "INSERT", "INSERT"]
+    # Uids: context 0..2, the block 3..6; gaps from right to left, each gap from left to right.
+    assert [(e["uid"], e["left_uid"]) for e in step[2:]] == [(7, 6), (8, 7), (9, 4)]
+    assert [(e["uid"], e["old_id"], e["new_id"]) for e in step[:2]] == [(3, 1, -1), (5, 3, 30)]
+
+
+def test_delete_beats_substitute_and_fill(driver: Driver) -> None:
+    act(driver, insert={0: 1})
+    act(driver, delete=[0, 2], substitute={2: 9, 4: 9}, fill={0: 8})
+    assert driver.ids == [1, 3, 9]
+
+
+def test_nothing_is_inserted_beside_a_deleted_slot(driver: Driver) -> None:
+    act(driver, delete=[1], insert={0: 1, 1: 1, 2: 1, 3: 1})
+    assert driver.ids == [V, 1, 3, V, 4]
+
+
+def test_locked_slots_are_immune(driver: Driver) -> None:
+    act(driver, lock=[1, 2])
+    act(driver, delete=[1], substitute={2: 9, 3: 9})
+    assert driver.ids == [1, 2, 3, 9]
+    commits = [e for e in driver.events() if e["type"] == "COMMIT"]
+    assert [(e["uid"], e["new_id"], e["step"]) for e in commits] == [(4, 2, 1), (5, 3, 1)]
+
+
+def test_a_slot_is_substituted_so_often(driver: Driver) -> None:
+    for token in (11, 12, 13, 14):
+        act(driver, substitute={0: token}, insert={4: 1})
+    assert driver.ids[0] == 13, "three times, as the limits say"
+
+
+def test_a_block_does_not_outgrow_its_limits(tmp_path: Path, driver: Driver) -> None:
+    act(driver, insert={0: 5, 4: 9})
+    assert driver.ids == [V] * 5 + [1, 2, 3, 4] + [V] * 3
+    short = Driver(tmp_path / "short", new_tokens=5)
+    short.state.open(3)
+    act(short, insert={0: 9})
+    assert len(short.ids) == 5
+
+
+def test_a_block_is_never_left_empty(driver: Driver) -> None:
+    act(driver, delete=[0, 1, 2, 3])
+    assert len(driver.ids) == 1
+
+
+def test_nothing_is_inserted_behind_a_locked_document_token(driver: Driver) -> None:
+    act(driver, substitute={1: 0})
+    act(driver, lock=[1])
+    act(driver, insert={2: 1, 1: 1})
+    assert driver.ids == [1, V, 0, 3, 4]
+    act(driver, fill={1: 7}, complete=True)
+    assert driver.state.closing is not None
+    assert driver.state.closing.delivered.tolist() == [1, 7, 0]
+
+
+def test_a_step_of_nothing_fills_the_surest_mask(driver: Driver) -> None:
+    act(driver, insert={2: 2})
+    act(driver, delete=[])
+    assert driver.ids.count(V) == 1
+
+
+def test_a_fixed_point_is_closed_as_stalled(driver: Driver) -> None:
+    act(driver, complete=False)
+    assert driver.state.block is None
+    driver.state.written(np.zeros(4))
+    sample = driver.state.sample()
+    assert (sample.stalled_blocks, sample.forced_blocks) == (1, 0)
+    assert Counter(e["type"] for e in driver.events())["STALLED_COMPLETE"] == 1
+
+
+def test_completion_fills_what_is_left_and_is_then_forced(driver: Driver) -> None:
+    act(driver, insert={2: 2})
+    act(driver, complete=True)
+    assert driver.state.closing is not None
+    assert V not in driver.state.closing.delivered
+    driver.state.written(np.zeros(6))
+    sample = driver.state.sample()
+    assert (sample.stalled_blocks, sample.forced_blocks) == (0, 1)
+
+
+def test_an_empty_block_gets_a_mask_before_it_is_closed(tmp_path: Path) -> None:
+    driver = Driver(tmp_path / "log")
+    patient = Scripted(lambda view: Action(complete=view.step >= 3), timed=True)
+    assert driver.block(patient, 0) == 5, "three idle steps, one that inserts, one that fills"
+    sample = driver.state.sample()
+    assert sample.forced_blocks == 1
+    assert len(sample.token_ids) == 1
+
+
+@pytest.mark.parametrize(
+    ("operation", "message"),
+    [
+        (lambda v: Action(substitute=Tokens(v.uids[v.is_mask][:1], ints(1))), "substitutes a mask"),
+        (lambda v: Action(fill=Tokens(v.uids[~v.is_mask][:1], ints(1))), "fills a slot that holds"),
+        (lambda v: Action(lock=v.uids[v.is_mask][:1]), "locks a mask"),
+        (lambda v: Action(delete=v.uids[[0, 0]]), "twice"),
+        (lambda v: Action(insert=Gaps(ints(77), ints(1))), "not in the view"),
+        (lambda v: Action(insert=Gaps(v.uids[:1], ints(0))), "inserts"),
+        (
+            lambda v: Action(
+                fill=Tokens(v.uids[v.is_mask][:1], ints(1)),
+                commit=Tokens(v.uids[v.is_mask][:1], ints(2)),
+            ),
+            "writes a slot twice",
+        ),
+    ],
+)
+def test_a_strategy_at_fault_is_named(driver: Driver, operation: Any, message: str) -> None:
+    act(driver, insert={0: 1})
+    with pytest.raises(AssertionError, match=f"Scripted.*{message}"):
+        driver.step(Scripted(operation))
+
+
+# --- oscillation ---------------------------------------------------------------------------------
+
+
+def restless(kind: str) -> Scripted:
+    """Never completes, and undoes what it did."""
+
+    def decide(view: BlockView) -> Action:
+        n, edit = len(view.ids), view.edit
+        assert edit is not None
+        masks = view.uids[view.is_mask]
+        if kind == "flips":
+            tokens = Tokens(view.uids, np.where(view.ids == 1, 2, 1))
+            if len(masks):
+                return Action(fill=tokens, complete=False)
+            return Action(substitute=tokens, complete=False)
+        if kind == "masks":  # a mask is deleted at one end, and one inserted at the other
+            if n < 2:
+                return Action(insert=Gaps(edit.gap_uids[:1], ints(2)), complete=False)
+            insert = Gaps(edit.gap_uids[:1], ints(1))
+            return Action(delete=view.uids[-1:], insert=insert, complete=False)
+        if kind == "breathes" and (n > 3 or not view.is_mask.any()) and n > 1:
+            return Action(delete=view.uids[1:], complete=False)
+        if kind == "swaps" and not view.is_mask.any():
+            return Action(delete=view.uids[-1:], insert=Gaps(edit.gap_uids[:1], ints(1)),
+                          complete=False)  # fmt: skip
+        fill = Tokens(masks, np.full(len(masks), 7))
+        return Action(fill=fill, insert=Gaps(edit.gap_uids[-1:], ints(2)), complete=False)
+
+    return Scripted(decide)
+
+
+@pytest.mark.parametrize("kind", ["flips", "masks", "breathes", "swaps", "grows"])
+def test_a_restless_strategy_ends(tmp_path: Path, kind: str) -> None:
+    """Not by the step cap, which lies a million steps away."""
+    driver = Driver(tmp_path / "log", limits=Limits(10**6, 12, 3), new_tokens=40)
+    blocks = 0
+    while not driver.state.ended:
+        assert driver.block(restless(kind), 5) <= 60
+        blocks += 1
+    sample = driver.state.sample()
+    assert sample.forced_blocks == 0
+    assert sample.stalled_blocks == blocks
+    # In a last block of one slot there is nothing to swing between.
+    assert sample.oscillating_blocks >= (blocks - 1 if kind != "grows" else 0)
+    driver.trace.close()
+    assert replay(driver.path)[0] == sample.token_ids.tolist()
+
+
+def test_what_moved_is_locked_where_a_text_comes_back(driver: Driver) -> None:
+    """1 2 3 4 -> 1 2 3 9 -> 1 2 3 4: the last slot is held, and nothing is inserted."""
+    act(driver, substitute={3: 9})
+    act(driver, substitute={3: 4})
+    act(driver, substitute={3: 9, 0: 8}, insert={0: 3})
+    assert driver.ids == [8, 2, 3, 4]
+
+
+# --- random strategies ---------------------------------------------------------------------------
+
+
+def reckless(seed: int, busy: float) -> Scripted:
+    """Asks for anything that the interface allows, conflicts included."""
+    rng = np.random.default_rng(seed)
+
+    def decide(view: BlockView) -> Action:
+        n = len(view.ids)
+        assert view.edit is not None
+
+        def some(of: np.ndarray, rate: float = busy) -> np.ndarray:
+            return of[rng.random(len(of)) < rate]
+
+        masks = rng.permutation(view.uids[view.is_mask])
+        half = len(masks) // 2
+        commit, fill = some(masks[:half]), some(masks[half:])
+        change, gaps = some(view.uids[~view.is_mask]), some(view.edit.gap_uids)
+        complete = [None, False, False, True][int(rng.choice(4, p=[0.02, 0.6, 0.36, 0.02]))]
+        return Action(
+            commit=Tokens(commit, rng.integers(0, V, len(commit))),
+            fill=Tokens(fill, rng.integers(0, V, len(fill))),
+            substitute=Tokens(rng.permutation(change), rng.integers(0, 4, len(change))),
+            delete=rng.permutation(some(view.uids)),
+            insert=Gaps(rng.permutation(gaps), rng.integers(1, 4, len(gaps))),
+            lock=some(view.uids[~view.is_mask], busy / 4) if n else view.uids,
+            complete=complete,
+        )
+
+    return Scripted(decide)
+
+
+class PlainFold:
+    """The rules of the log in dictionaries, written without `abf.decode.replay`."""
+
+    def __init__(self, limits: Limits, budget: int) -> None:
+        self.limits, self.budget = limits, budget
+        self.text: list[int] = []
+        self.block: list[int] = []
+        self.holds: dict[int, int] = {}
+        self.locked: set[int] = set()
+        self.changes: Counter[int] = Counter()
+        self.used: set[int] = set()
+        self.opened, self.closed = 0, 0
+
+    def take(self, events: list[dict[str, Any]]) -> None:
+        """All events of one step."""
+        kinds = [e["type"] for e in events]
+        order = {"OPEN": 0, "REOPEN": 0, "DELETE": 1, "SUBSTITUTE": 2, "FILL": 2, "INSERT": 3,
+                 "COMMIT": 4}  # fmt: skip
+        if all(kind in order for kind in kinds):
+            ranks = [order[kind] for kind in kinds]
+            assert ranks == sorted(ranks)
+            edited = [e["uid"] for e in events if e["type"] in ("DELETE", "SUBSTITUTE", "FILL")]
+            assert len(edited) == len(set(edited)), "one operation a slot and step"
+            if "REOPEN" not in kinds:
+                self.check_gaps(events)
+        for event in events:
+            self.one(event)
+        assert len(self.block) <= min(self.limits.max_block, self.budget - len(self.text))
+
+    def check_gaps(self, events: list[dict[str, Any]]) -> None:
+        """No insertion touches a slot that is deleted in the same step."""
+        gone = {e["uid"] for e in events if e["type"] == "DELETE"}
+        before = self.block
+        for event in events:
+            if event["type"] == "INSERT" and event["left_uid"] in before:
+                at = before.index(event["left_uid"])
+                assert not gone & set(before[at : at + 2])
+
+    def one(self, event: dict[str, Any]) -> None:
+        uid, kind = event["uid"], event["type"]
+        if kind == "PROMPT":
+            self.used.add(uid)
+        elif kind == "OPEN":
+            assert not self.block
+            self.opened += 1
+        elif kind == "INSERT":
+            assert uid not in self.used
+            self.used.add(uid)
+            left = event["left_uid"]
+            self.block.insert(self.block.index(left) + 1 if left in self.block else 0, uid)
+            self.holds[uid] = V
+        elif kind in ("FILL", "SUBSTITUTE", "DELETE"):
+            assert uid in self.block
+            assert uid not in self.locked
+            assert (self.holds[uid] == V) == (kind == "FILL") or kind == "DELETE"
+            assert event["old_id"] == self.holds[uid]
+            if kind == "DELETE":
+                self.block.remove(uid)
+            else:
+                self.holds[uid] = event["new_id"]
+                self.changes[uid] += kind == "SUBSTITUTE"
+                assert self.changes[uid] <= self.limits.edits_per_slot
+        elif kind == "COMMIT":
+            assert uid in self.block
+            assert self.holds[uid] == event["new_id"] < V
+            self.locked.add(uid)
+        elif kind.endswith("COMPLETE"):
+            self.closed += 1
+            kept = self.block[: event["length"]]
+            assert set(kept) <= self.locked
+            self.text += [self.holds[u] for u in kept]
+            self.pending, self.block = kept, []
+        elif kind == "REOPEN":
+            self.closed -= 1
+            self.block = self.pending
+            self.text = self.text[: -len(self.block)]
+            self.locked -= set(self.block)
+        elif kind == "KV_WRITE":
+            assert self.holds[uid] == event["new_id"]
+
+
+@settings(
+    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    busy=st.floats(0.0, 0.7),
+    length=st.integers(1, 12),
+    limits=st.builds(Limits, st.integers(1, 30), st.integers(1, 14), st.integers(0, 3)),
+    reopen=st.booleans(),
+)
+def test_whatever_a_strategy_asks_for_the_rules_hold(
+    tmp_path: Path, seed: int, busy: float, length: int, limits: Limits, reopen: bool
+) -> None:
+    driver = Driver(tmp_path / "log", limits=limits, new_tokens=14, seed=seed)
+    strategy = reckless(seed, busy)
+    while not driver.state.ended:
+        decisions = driver.block(strategy, min(length, limits.max_block), reopen=reopen)
+        assert decisions <= 2 * limits.max_steps + 2
+    driver.trace.close()
+    sample = driver.state.sample()
+    _, events, complete = read_trace(driver.path)
+    assert complete
+    plain = PlainFold(limits, 14)
+    group: list[dict[str, Any]] = []
+    for event in events.to_pylist():
+        if (group and (event["block"], event["step"], event["nfe"]) != (
+            group[-1]["block"], group[-1]["step"], group[-1]["nfe"],
+        )) or event["type"].endswith("COMPLETE"):  # fmt: skip
+            plain.take(group)
+            group = []
+        group.append(event)
+        if event["type"].endswith("COMPLETE"):
+            plain.take(group)
+            group = []
+    plain.take(group)
+    assert plain.text == sample.token_ids.tolist()
+    assert plain.opened == plain.closed == len(sample.block_length)
+    assert sum(sample.block_length) == len(sample.token_ids) <= 14
+    assert sample.finished == (sample.token_ids[-1] == 0)
+    assert 0 not in sample.token_ids[:-1]
+    for cut in np.linspace(1, len(events), 7, dtype=int):
+        part = fold(events.slice(0, int(cut)), mask_id=V, where="log")[0]
+        assert (
+            part.token_ids[: len(part.token_ids) - len(part.unwritten)]
+            == plain.text[: len(part.token_ids) - len(part.unwritten)]
+        )
+
+
+# --- what a fold refuses -------------------------------------------------------------------------
+
+
+OPENED = [("OPEN", {"length": 3}), *(("INSERT", {"uid": u, "left": u - 1}) for u in (1, 2, 3))]
+FILLED = [*OPENED, "step", *(("FILL", {"uid": u, "old": V, "new": 9}) for u in (1, 2, 3))]
+LOCKED = [*FILLED, *(("COMMIT", {"uid": u, "new": 9}) for u in (1, 2, 3))]
+
+
+@pytest.mark.parametrize(
+    ("story", "message"),
+    [
+        ([*FILLED, "step", ("FILL", {"uid": 2, "old": 9, "new": 8})], "writes uid 2, which holds"),
+        ([*OPENED, "step", ("SUBSTITUTE", {"uid": 2, "old": V, "new": 8})], "writes uid 2"),
+        ([*FILLED, ("SUBSTITUTE", {"uid": 2, "old": 9, "new": 8})], "second time, or out of"),
+        ([*LOCKED, "step", ("SUBSTITUTE", {"uid": 2, "old": 9, "new": 8})], "which is locked"),
+        ([*LOCKED, "step", ("DELETE", {"uid": 2, "old": 9})], "which is locked"),
+        ([*FILLED, "step", ("DELETE", {"uid": 2, "old": 8})], "deletes 8 at uid 2"),
+        ([*FILLED, ("DELETE", {"uid": 2, "old": 9})], "after a later operation"),
+        ([*FILLED, "step", ("INSERT", {"uid": 3, "left": 2})], "adds uid 3"),
+        ([*FILLED, "step", ("INSERT", {"uid": 4, "left": 7})], "behind uid 7, no slot"),
+        (
+            [*FILLED, "step", ("DELETE", {"uid": 2, "old": 9}), ("INSERT", {"uid": 4, "left": 1})],
+            "behind uid 1, where it may not",
+        ),
+        (
+            [*FILLED, "step", *(("INSERT", {"uid": u, "left": u - 3}) for u in (4, 5))],
+            "behind uid 2, where it may not",
+        ),
+        ([*OPENED, "step", ("COMMIT", {"uid": 2, "new": V})], "commits"),
+        ([*FILLED, "step", ("COMPLETE", {"length": 3})], "not committed"),
+        ([*LOCKED, "step", ("REOPEN", {"length": 3})], "not just closed"),
+        ([*LOCKED, ("COMPLETE", {"length": 3}), ("REOPEN", {"length": 2})], "reopens 2 slots"),
+        ([*LOCKED, ("COMPLETE", {"length": 3}), ("COMPLETE", {"length": 3})], "delivers 3 of 0"),
+    ],
+)
+def test_a_fold_refuses_what_breaks_the_rules(story: list[Any], message: str) -> None:
+    """Even where a forger has made every hash anew."""
+    state = Folded(mask_id=V)
+    state.apply(CODE["PROMPT"], 0, -1, -1, 5, -1)
+
+    def tell(event: tuple[str, dict[str, int]]) -> None:
+        kind, fields = event
+        new = fields.get("new", V if kind == "INSERT" else -1)
+        uid, left, old = (fields.get(name, -1) for name in ("uid", "left", "old"))
+        state.apply(CODE[kind], uid, left, old, new, fields.get("length", -1))
+
+    for event in story[:-1]:
+        state.begin() if event == "step" else tell(event)
+    with pytest.raises(RuleError, match=message):
+        tell(story[-1])
