@@ -23,6 +23,7 @@ from abf.train.config import TrainConfig
 from abf.train.parallel import World, world
 from abf.train.record import Recorder
 from abf.train.runtime import differences, environment, settings
+from abf.train.shard import gathered, whole
 from abf.train.signals import StopFlag, command
 from abf.train.step import Trainer
 
@@ -70,7 +71,7 @@ def train(
         model = with_edit_heads(model)
     with (
         settings(threads=cfg.threads),
-        world() as ranks,
+        world(cfg.parallel.timeout_s) as ranks,
         StopFlag() as stop,
         Recorder(run_dir, label, active=ranks.first) as record,
     ):
@@ -98,7 +99,7 @@ def train(
             )
         record.event("finished", step=run.done, wall_s=run.wall_s())
         model.zero_grad(set_to_none=True)
-        return TrainResult(model, run.done, run.tokens, run.wall_s(), ranks.first)
+        return TrainResult(gathered(model), run.done, run.tokens, run.wall_s(), ranks.first)
 
 
 class _Run:
@@ -131,7 +132,7 @@ class _Run:
         for text in damaged:
             self.record.warn("damaged_checkpoint", f"checkpoint skipped: {text}")
         ranks: World = self.trainer.world
-        if ranks.from_first(0 if found is None else found.step) != (found.step if found else 0):
+        if len(set(ranks.gather(0 if found is None else found.step))) > 1:
             raise ResumeError(
                 f"the ranks see different checkpoints in {self.run_dir}; it must be on a disk they "
                 "share"
@@ -153,7 +154,7 @@ class _Run:
             step=self.done,
             steps=self.trainer.steps,
             seed=self.trainer.seed,
-            parameters=self.trainer.optimiser.gradients.numel(),
+            parameters=sum(p.numel() for p in self.trainer.optimiser.parameters.values()),
             environment=self.environment,
         )
         if found is not None:
@@ -175,7 +176,7 @@ class _Run:
             values = {"lr": result.lr}
             if trainer.corruption is not None:
                 # Double: weights that ran away overflow here before the next loss tells of it.
-                embedding = trainer.model.mask_embedding.detach().double()
+                embedding = whole(trainer.model.mask_embedding.detach()).double()
                 values["mask_embedding_norm"] = float(torch.linalg.vector_norm(embedding))
             self.record.metrics(
                 step=self.done, tokens=self.tokens, wall_s=self.wall_s(), values=values

@@ -6,25 +6,31 @@ weights and the optimiser's state: nothing else is carried from one to the next.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from abf.artifacts import PIECES, read_table
 from abf.data.loader import PackedBatch, PackedRows, row_indices
-from abf.diffusion.corrupt.base import build_corruption
-from abf.diffusion.loss import combine, count_terms, loss_terms, term_weights
+from abf.diffusion.config import LossConfig
+from abf.diffusion.corrupt.base import Noised, build_corruption
+from abf.diffusion.corrupt.path import PathNoised
+from abf.diffusion.loss import Term, combine, count_terms, loss_terms, term_weights
 from abf.errors import ArtifactError, ConfigError, DivergenceError
 from abf.model.transformer import Transformer
 from abf.train.config import TrainConfig
 from abf.train.optim import Optimiser, learning_rate
 from abf.train.parallel import World
+from abf.train.shard import ShardedOptimiser, enter, shard
 
 
 @dataclass(frozen=True)
@@ -72,6 +78,7 @@ class Trainer:
         self.cfg, self.seed, self.model, self.path = cfg, seed, model, packed
         self.world = World() if world is None else world
         self.part = self.world.share(cfg.batch_rows)
+        self.most_rows = math.ceil(cfg.batch_rows / self.world.size)
         self.rows = PackedRows(packed)
         _check_fit(self.rows, model, packed)
         self.loss = cfg.objective.loss if cfg.objective.kind == "block" else None
@@ -81,7 +88,12 @@ class Trainer:
             if cfg.objective.kind == "block"
             else None
         )
-        self.optimiser = Optimiser(model, cfg.optim)
+        self.losses = _Losses(model, cfg, self.loss)
+        sharding = cfg.parallel.sharding
+        self.sharded = self.world.size > 1 and sharding != "none"
+        if self.sharded and sharding != "none":
+            shard(self.losses, model, self.world, sharding)
+        self.optimiser = (ShardedOptimiser if self.sharded else Optimiser)(model, cfg.optim)
         self.tokens_per_step = cfg.batch_rows * self.rows.row_length
         self.steps = math.ceil(cfg.tokens / self.tokens_per_step)
         model.train()
@@ -108,8 +120,8 @@ class Trainer:
         Returns:
             sum of each term (nats), count of each term, masked tokens; all over all ranks.
         """
-        rows, epochs = self.row_indices(number)
-        rows, epochs = rows[self.part], epochs[self.part]
+        everywhere = self.row_indices(number)
+        rows, epochs = (each[self.part] for each in everywhere)
         batch = self.rows.rows(rows)
         names = list(self.weights)
         # Before any backward: what the sums are divided by counts every rank and micro-batch.
@@ -120,10 +132,15 @@ class Trainer:
         self.optimiser.zero_grad()
         totals = torch.zeros(len(names) + 1, dtype=torch.float64)
         size = self.cfg.micro_rows or len(rows)
-        for start in range(0, len(rows), size):
+        for start in range(0, self.most_rows if self.sharded else len(rows), size):
             part = slice(start, start + size)
-            totals += self._micro_batch(_rows(batch, part), epochs[part], counts)
-        self.world.sum_(self.optimiser.gradients)
+            micro = _rows(batch, part)
+            if any(count_terms(micro, self.loss).values()):
+                totals += self._micro_batch(micro, epochs[part], counts)
+            elif self.sharded and any(counts.values()):
+                # No row, or padding alone, but the others need this rank in their collectives.
+                self._micro_batch(*self._filler(*everywhere), counts, share=0.0)
+        self.optimiser.sum_gradients(self.world)
         *sums, masked = self.world.sum_(totals).tolist()
         return dict(zip(names, sums, strict=True)), counts, int(masked)
 
@@ -134,27 +151,38 @@ class Trainer:
         )
 
     def _micro_batch(
-        self, batch: PackedBatch, epochs: NDArray[np.int64], counts: dict[str, int]
+        self,
+        batch: PackedBatch,
+        epochs: NDArray[np.int64],
+        counts: dict[str, int],
+        share: float = 1.0,
     ) -> torch.Tensor:
         """Add the gradients of some rows; returns the terms' sums and the masked tokens."""
-        if not any(count_terms(batch, self.loss).values()):  # padding alone
-            return torch.zeros(len(self.weights) + 1, dtype=torch.float64)
         noised = (
             None
             if self.corruption is None
             else self.corruption.apply(batch, seed=self.seed, epochs=epochs)
         )
-        with torch.autocast("cpu", torch.bfloat16, enabled=self.cfg.precision == "bf16"):
-            terms = loss_terms(
-                self.model, batch, noised=noised, loss=self.loss, backend=self.cfg.attention
-            )
-            loss = combine(terms, counts, self.weights)
+        loss, terms = self.losses(batch, noised, counts)
+        if self.sharded:
+            # FSDP2 takes the mean over ranks; gloo knows no other (notes/feasibility.md §3).
+            loss = enter(loss * (share * self.world.size), self.model)
         loss.backward()
-        masked = 0 if noised is None else int((noised.noisy_ids == self.model.mask_id).sum())
+        masked = 0 if noised is None else _masked(noised, self.model.mask_id)
         return torch.tensor(
             [*(float(terms[name].sum.detach()) for name in self.weights), masked],
             dtype=torch.float64,
         )
+
+    def _filler(
+        self, rows: NDArray[np.int64], epochs: NDArray[np.int64]
+    ) -> tuple[PackedBatch, NDArray[np.int64]]:
+        """A row of this step that is charged for something, and its epoch."""
+        for at in range(len(rows)):
+            batch = self.rows.rows(rows[at : at + 1])
+            if any(count_terms(batch, self.loss).values()):
+                return batch, epochs[at : at + 1]
+        raise AssertionError("the step charges for something, so one of its rows does")
 
     def _divergence(self, number: int, loss: float, norm: float) -> str:
         rows, _ = self.row_indices(number)
@@ -166,6 +194,46 @@ class Trainer:
             "command would meet it again: look at that text, or lower train.optim.lr or "
             "train.optim.clip_norm"
         )
+
+
+class _Losses(nn.Module):
+    """The forward pass of a micro-batch as one module: the root that shards are gathered for."""
+
+    def __init__(self, model: Transformer, cfg: TrainConfig, loss: LossConfig | None) -> None:
+        super().__init__()
+        self.model, self.cfg, self.loss = model, cfg, loss
+
+    def forward(
+        self, batch: PackedBatch, noised: Noised | PathNoised | None, counts: dict[str, int]
+    ) -> tuple[Tensor, dict[str, Term]]:
+        """Loss to differentiate, and its terms."""
+        cfg, model = self.cfg, self.model
+        again = recomputed(model) if cfg.checkpoint_activations else contextlib.nullcontext()
+        with torch.autocast("cpu", torch.bfloat16, enabled=cfg.precision == "bf16"), again:
+            terms = loss_terms(model, batch, noised=noised, loss=self.loss, backend=cfg.attention)
+            loss = combine(terms, counts, term_weights(self.loss))
+        return loss, terms
+
+
+@contextlib.contextmanager
+def recomputed(model: Transformer) -> Iterator[None]:
+    """Forward passes inside keep only the layers' inputs; backward computes the layers again."""
+
+    def again(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        return lambda *inputs: checkpoint(forward, *inputs, use_reentrant=False)
+
+    for layer in model.layers:
+        layer.forward = again(layer.forward)
+    try:
+        yield
+    finally:
+        for layer in model.layers:
+            del layer.forward  # the class's own again
+
+
+def _masked(noised: Noised | PathNoised, mask_id: int) -> int:
+    """Masked slots; padding, which depends on how rows were grouped, holds MASK, too."""
+    return int(((noised.noisy_ids == mask_id) & (noised.block_start >= 0)).sum())
 
 
 def _rows(batch: PackedBatch, part: slice) -> PackedBatch:
