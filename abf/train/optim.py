@@ -114,6 +114,14 @@ class Optimiser:
             for moment in MOMENTS
         }
 
+    def blank(self) -> dict[str, Tensor]:
+        """Zeros in the shapes of `state`, to read a saved one into."""
+        return {
+            f"{name}.{moment}": torch.zeros(()) if moment == "step" else torch.zeros_like(parameter)
+            for name, parameter in self.parameters.items()
+            for moment in MOMENTS
+        }
+
     def load(self, state: Mapping[str, Tensor]) -> None:
         """Take over a state written by `state`, as copies.
 
@@ -127,7 +135,6 @@ class Optimiser:
                 f"{' ...' if len(different) > 6 else ''}"
             )
         for name, parameter in self.parameters.items():
-            # Fresh storage with torch's own alignment: a mapped file's would do, but differ.
             self._adamw.state[parameter] = {
                 moment: state[f"{name}.{moment}"].clone() for moment in MOMENTS
             }

@@ -81,6 +81,13 @@ class World:
         dist.all_gather_object(found, value)
         return found
 
+    def group(self) -> dist.ProcessGroup | None:
+        """A group of all ranks for collectives of another thread; none for one rank alone."""
+        if self.size == 1:
+            return None
+        timeout = timedelta(seconds=self.timeout_s)
+        return dist.new_group(backend="gloo", timeout=timeout)  # pyright: ignore[reportReturnType]
+
     def barrier(self) -> None:
         """Wait until every rank is here."""
         if self.size > 1:

@@ -15,13 +15,14 @@ from abf.data.loader import row_indices
 from abf.diffusion.loss import Term, loss_terms
 from abf.errors import ArtifactError, ConfigError, DivergenceError, Interrupted, ResumeError
 from abf.track.journal import metrics_table, read_journal
-from abf.train import checkpoint, loop, step
+from abf.train import checkpoint, loop, saver, step
 from abf.train.loop import TrainResult, train
 from tests.train.equality import assert_same_run, curve, events
 from tests.train.tiny_run import L, new_model, tiny_config, tiny_train, write_rows
 
 AR = {"objective": {"kind": "ar"}}
 BF16 = {"precision": "bf16", "micro_rows": 2}
+SHARD = "shard-00001-model-00001-of-00001.safetensors"
 PATH = {"objective": {"kind": "block", "corruption": {"kind": "path"}}}
 
 
@@ -136,7 +137,7 @@ def test_a_checkpoint_cut_in_half_is_named_and_the_one_before_used(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     stop_at(8, tmp_path)
-    file = tmp_path / "ckpt" / "step-00000008" / "model.safetensors"
+    file = tmp_path / "ckpt" / "step-00000008" / SHARD
     file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
     tiny_train(tmp_path)
     assert f"checkpoint skipped: {file}" in capsys.readouterr().err
@@ -281,15 +282,15 @@ def test_a_learning_rate_beyond_all_bounds_is_told_as_what_it_is(tmp_path: Path)
 def test_a_full_disk_keeps_the_last_checkpoint(
     tmp_path: Path, whole_run: tuple[Path, TrainResult], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = checkpoint.save_file
+    real = saver.sha256
 
-    def full(tensors: Any, path: Path) -> None:
-        real(tensors, path)
-        if "step-00000006" in str(path) and "optimizer" in path.name:
+    def full(path: Path) -> str:
+        if "step-00000006" in str(path):
             raise OSError(28, "No space left on device")
+        return real(path)
 
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "save_file", full)
+        patch.setattr(saver, "sha256", full)
         with pytest.raises(ArtifactError, match=r"step 6 .*No space left"):
             tiny_train(tmp_path)
     assert [path.name for path in (tmp_path / "ckpt").iterdir()] == ["step-00000003"]

@@ -24,6 +24,7 @@ from abf.train.shard import RANKS_PER_NODE, whole
 from abf.train.step import StepResult, Trainer
 from tests.train import tiny_run
 from tests.train.equality import curve, events
+from tests.train.ranks import join
 from tests.train.tiny_run import new_model, tiny_config, tiny_train, write_rows
 
 AR: dict[str, Any] = {"objective": {"kind": "ar"}}
@@ -53,13 +54,6 @@ def trainer_of(packed: Path, changes: dict[str, Any], ranks: World | None = None
 def gradients(trainer: Trainer) -> Tensor:
     found = [p.grad for p in trainer.optimiser.parameters.values()]
     return torch.cat([whole(grad).flatten() for grad in found if grad is not None])
-
-
-def join(rank: int, directory: Path) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", init_method=f"file://{directory / 'meeting'}", rank=rank, world_size=2
-    )
 
 
 def write_gradients(rank: int, directory: Path) -> None:
