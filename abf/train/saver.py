@@ -7,27 +7,90 @@ written at a time; the next waits for it.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
+import struct
 import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
 import torch.distributed as dist
-from safetensors import SafetensorError
 from torch import Tensor
+from torch.distributed.checkpoint._hf_utils import CUSTOM_METADATA_KEY
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 from torch.distributed.checkpoint.state_dict_saver import save
+from torch.distributed.checkpoint.storage import WriteResult
+from torch.futures import Future
 
 from abf.errors import ArtifactError
-from abf.files import fsync_path, sha256
+from abf.files import fsync_path
 from abf.train.checkpoint import FOLDER, STATE, name_of, prune, sealed
 from abf.train.parallel import World
 
 T = TypeVar("T")
+
+
+class _PartWriter(HuggingFaceStorageWriter):
+    """DCP's safetensors writer, without its three copies of everything.
+
+    They are made under the interpreter's lock, which the training needs: a checkpoint of 30M
+    parameters held it up for longer than a `torch.save` would have. Writing and hashing in place
+    leave the lock to others.
+    """
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(str(path), save_distributed=True)
+        self.files: dict[str, dict[str, Any]] = {}
+        """Size and hash of what this rank wrote."""
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        """Write this rank's part of every tensor into one file."""
+        parts = [(item, planner.resolve_data(item)) for item in plan.items]
+        tensors: dict[str, Tensor] = {}
+        offsets: dict[str, dict[str, list[int]]] = {}
+        for item, part in parts:
+            assert isinstance(part, Tensor), item.index
+            assert item.tensor_data is not None
+            tensors[item.index.fqn] = part
+            offsets[item.index.fqn] = {"saved_offsets": list(item.tensor_data.chunk.offsets)}
+        if tensors:
+            name = f"rank-{plan.storage_data['shard_index'] - 1:05}.safetensors"
+            metadata = {"format": "pt", CUSTOM_METADATA_KEY: json.dumps(offsets)}
+            self.files[name] = _write_safetensors(Path(self.path) / name, tensors, metadata)
+        done: Future[list[WriteResult]] = Future()
+        done.set_result([WriteResult(item.index, part.nbytes, None) for item, part in parts])  # pyright: ignore[reportAttributeAccessIssue]
+        return done
+
+
+def _write_safetensors(
+    path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
+) -> dict[str, Any]:
+    """Write and flush a safetensors file of fp32 tensors; returns its size and hash."""
+    header: dict[str, Any] = {"__metadata__": dict(metadata)}
+    end = 0
+    for name, tensor in tensors.items():
+        assert tensor.dtype == torch.float32, (name, tensor.dtype)
+        start, end = end, end + tensor.nbytes
+        entry = {"dtype": "F32", "shape": list(tensor.shape), "data_offsets": [start, end]}
+        header[name] = entry
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)  # the data begins at a multiple of 8
+    digest = hashlib.sha256()
+    with open(path, "wb") as handle:
+        arrays: list[Any] = [t.contiguous().view(-1).numpy() for t in tensors.values()]
+        views = [array.data.cast("B") for array in arrays if array.size]
+        for part in (struct.pack("<Q", len(text)), text, *views):
+            handle.write(part)
+            digest.update(part)
+        handle.flush()
+        os.fsync(handle.fileno())
+        return {"bytes": handle.tell(), "sha256": digest.hexdigest()}
 
 
 class Saver:
@@ -119,12 +182,6 @@ class Saver:
                     shutil.rmtree(leftover)
                 temporary.mkdir(parents=True)
 
-        def flush() -> dict[str, Any]:
-            mine = sorted(temporary.glob(f"shard-{self._rank + 1:05}-*"))
-            for path in mine:
-                fsync_path(path)
-            return {p.name: {"bytes": p.stat().st_size, "sha256": sha256(p)} for p in mine}
-
         def publish(files: Mapping[str, Any]) -> None:
             if not self._first:
                 return
@@ -142,18 +199,17 @@ class Saver:
 
         try:
             self._together(begin)
-            save(
-                tensors,
-                storage_writer=HuggingFaceStorageWriter(str(temporary), save_distributed=True),
-                process_group=self._group,
-                no_dist=self._group is None,
-            )
-            files = {k: v for part in self._together(flush) for k, v in part.items()}
+            writer = _PartWriter(temporary)
+            alone = self._group is None
+            save(tensors, storage_writer=writer, process_group=self._group, no_dist=alone)
+            files = {k: v for part in self._together(lambda: writer.files) for k, v in part.items()}
             self._together(lambda: publish(files))
         except BaseException as error:
             if self._first:
                 shutil.rmtree(temporary, ignore_errors=True)
             reason = _reason(error)
+            if reason is None and isinstance(error, CheckpointException):
+                raise next(iter(error.failures.values()))[0] from error
             if reason is None:
                 raise
             raise ArtifactError(
@@ -162,10 +218,6 @@ class Saver:
                 "example) and run the same command again"
             ) from error
         return final
-
-    @property
-    def _rank(self) -> int:
-        return 0 if self._group is None else dist.get_rank(self._group)
 
     def _together(self, work: Callable[[], T]) -> list[T]:
         """What every rank's work gave; raises on all when it failed on one."""
@@ -186,7 +238,7 @@ class Saver:
 
 def _reason(error: BaseException) -> str | None:
     """What kept a checkpoint from the disk; none when it is something else."""
-    if isinstance(error, OSError | SafetensorError):
+    if isinstance(error, OSError):
         return str(error)
     if not isinstance(error, CheckpointException):
         return None

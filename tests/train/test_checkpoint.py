@@ -19,7 +19,7 @@ from abf.train.parallel import World
 from abf.train.saver import Saver
 from tests.train.equality import read
 
-SHARD = "shard-00001-model-00001-of-00001.safetensors"
+PART = "rank-00000.safetensors"
 
 
 def tensors(step: int) -> dict[str, Tensor]:
@@ -52,7 +52,7 @@ def test_comes_back_as_written(tmp_path: Path) -> None:
     found.load(loaded)
     assert all(torch.equal(loaded[name], value) for name, value in tensors(7).items())
     state = json.loads((path / "state.json").read_text())
-    assert set(state["files"]) == {SHARD}
+    assert set(state["files"]) == {PART}
 
 
 def test_what_is_saved_is_what_was_there_when_it_was_asked_for(
@@ -99,7 +99,7 @@ def flip_a_bit(file: Path) -> None:
     file.write_bytes(bytes(data))
 
 
-@pytest.mark.parametrize("name", [SHARD, "state.json"])
+@pytest.mark.parametrize("name", [PART, "state.json"])
 @pytest.mark.parametrize("damage", [cut_in_half, flip_a_bit, Path.unlink])
 def test_a_damaged_one_is_named_and_the_one_before_is_used(
     tmp_path: Path, name: str, damage: Any
@@ -116,7 +116,7 @@ def test_a_damaged_one_is_named_and_the_one_before_is_used(
 
 def test_all_damaged(tmp_path: Path) -> None:
     for step in (1, 2):
-        cut_in_half(save(tmp_path, step) / SHARD)
+        cut_in_half(save(tmp_path, step) / PART)
     found, damaged = checkpoint.latest(tmp_path)
     assert found is None
     assert ["step-00000002" in damaged[0], "step-00000001" in damaged[1]] == [True, True]
@@ -136,7 +136,7 @@ def test_saving_again_replaces_damaged_ones_and_what_a_killed_writer_left(tmp_pa
     (tmp_path / "ckpt" / ".step-00000004.tmp").mkdir()
     save(tmp_path, 2)  # the run went back to 1: what lies beyond is gone, 1 and 2 are kept
     assert names(tmp_path) == ["step-00000001", "step-00000002"]
-    cut_in_half(tmp_path / "ckpt" / "step-00000002" / SHARD)
+    cut_in_half(tmp_path / "ckpt" / "step-00000002" / PART)
     save(tmp_path, 2)
     found, damaged = checkpoint.latest(tmp_path)
     assert found is not None
@@ -175,10 +175,10 @@ def test_interrupted_while_writing_leaves_nothing_half(
 ) -> None:
     save(tmp_path, 1)
 
-    def interrupt(path: Path) -> str:
+    def interrupt(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(saver_module, "sha256", interrupt)
+    monkeypatch.setattr(saver_module, "_write_safetensors", interrupt)
     with pytest.raises(KeyboardInterrupt):
         save(tmp_path, 2)
     assert names(tmp_path) == ["step-00000001"]

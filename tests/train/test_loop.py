@@ -22,7 +22,7 @@ from tests.train.tiny_run import L, new_model, tiny_config, tiny_train, write_ro
 
 AR = {"objective": {"kind": "ar"}}
 BF16 = {"precision": "bf16", "micro_rows": 2}
-SHARD = "shard-00001-model-00001-of-00001.safetensors"
+PART = "rank-00000.safetensors"
 PATH = {"objective": {"kind": "block", "corruption": {"kind": "path"}}}
 
 
@@ -137,7 +137,7 @@ def test_a_checkpoint_cut_in_half_is_named_and_the_one_before_used(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     stop_at(8, tmp_path)
-    file = tmp_path / "ckpt" / "step-00000008" / SHARD
+    file = tmp_path / "ckpt" / "step-00000008" / PART
     file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
     tiny_train(tmp_path)
     assert f"checkpoint skipped: {file}" in capsys.readouterr().err
@@ -282,15 +282,16 @@ def test_a_learning_rate_beyond_all_bounds_is_told_as_what_it_is(tmp_path: Path)
 def test_a_full_disk_keeps_the_last_checkpoint(
     tmp_path: Path, whole_run: tuple[Path, TrainResult], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = saver.sha256
+    real = saver._write_safetensors
 
-    def full(path: Path) -> str:
+    def full(path: Path, *args: Any) -> dict[str, Any]:
+        found = real(path, *args)
         if "step-00000006" in str(path):
             raise OSError(28, "No space left on device")
-        return real(path)
+        return found
 
     with monkeypatch.context() as patch:
-        patch.setattr(saver, "sha256", full)
+        patch.setattr(saver, "_write_safetensors", full)
         with pytest.raises(ArtifactError, match=r"step 6 .*No space left"):
             tiny_train(tmp_path)
     assert [path.name for path in (tmp_path / "ckpt").iterdir()] == ["step-00000003"]

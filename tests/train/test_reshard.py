@@ -87,8 +87,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_as_many_ranks_go_on_bit_for_bit(runs: Path) -> None:
     assert_same_run(runs / "whole", runs / "again")
     assert "resume" in events(runs / "again")
-    files = sorted(path.name[:11] for path in (runs / "whole/ckpt/step-00000010").iterdir())
-    assert files == ["shard-00001", "shard-00002", "state.json"]
+    files = sorted(path.name for path in (runs / "whole/ckpt/step-00000010").iterdir())
+    assert files == ["rank-00000.safetensors", "rank-00001.safetensors", "state.json"]
 
 
 @pytest.mark.parametrize("name", ["whole", "to_one", "from_one", "to_hybrid", "to_none"])
@@ -153,7 +153,7 @@ def odd_shapes(rank: int, root: Path) -> None:
         saver.save(tensors, {}, step=2)
         saver.wait()
         if rank == 0:
-            file = next((root / "ckpt" / "step-00000002").glob("shard-00002*"))
+            file = root / "ckpt" / "step-00000002" / "rank-00001.safetensors"
             file.write_bytes(file.read_bytes()[:-1])
         dist.barrier()
         (root / f"told.{rank}").write_text(str(checkpoint.latest(root, ranks)[1]))
@@ -173,7 +173,7 @@ def test_shards_of_odd_shapes_and_faults_of_one_rank(tmp_path: Path) -> None:
     for rank in (0, 1):
         # Each rank reads a part of the files; both know of the damage.
         told = (tmp_path / f"told.{rank}").read_text()
-        assert "step-00000002/shard-00002" in told
+        assert "step-00000002/rank-00001" in told
         assert "bytes instead of" in told
         failed = (tmp_path / f"failed.{rank}").read_text()
         assert failed.startswith("the checkpoint of step 3 could not be written")
