@@ -25,8 +25,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
-from abf.errors import ConfigError
+from abf.errors import ConfigError, RankError
 from abf.files import write_json
+from abf.train.heartbeat import Heartbeat
 
 T = TypeVar("T")
 
@@ -103,9 +104,11 @@ def world(timeout_s: float = TIMEOUT_S) -> Iterator[World]:
 
     Raises:
         ConfigError: torchrun's environment is incomplete; names what is missing.
+        RankError: another rank died, or let this one wait too long; names it.
     """
     if dist.is_initialized():
-        yield World(dist.get_rank(), dist.get_world_size(), timeout_s)
+        with _watched(timeout_s) as ranks:
+            yield ranks
         return
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield World()
@@ -125,9 +128,32 @@ def world(timeout_s: float = TIMEOUT_S) -> Iterator[World]:
     else:
         dist.init_process_group("gloo", timeout=timeout)
     try:
-        yield World(dist.get_rank(), dist.get_world_size(), timeout_s)
+        with _watched(timeout_s) as ranks:
+            yield ranks
     finally:
         dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def _watched(timeout_s: float) -> Iterator[World]:
+    """The ranks of the open process group; a failure for which another is to blame names it."""
+    ranks = World(dist.get_rank(), dist.get_world_size(), timeout_s)
+    store = dist.distributed_c10d._get_default_store()
+    with Heartbeat(store, ranks.rank, ranks.size) as heart:
+        try:
+            yield ranks
+        except RuntimeError as error:  # what every collective raises
+            blamed = heart.blame()
+            heart.say("" if blamed else f"{type(error).__name__}: {error}")
+            if blamed is None:
+                raise
+            raise RankError(
+                f"{blamed}. Rank {ranks.rank} of {ranks.size} stopped with it; the last checkpoint "
+                "stands, and the same command goes on from there"
+            ) from error
+        except Exception as error:
+            heart.say(str(error) or type(error).__name__)
+            raise
 
 
 def _meet(path: Path, rank: int, size: int, timeout: timedelta) -> TCPStore:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
+import socket
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -140,6 +141,7 @@ class Trainer:
             elif self.sharded and any(counts.values()):
                 # No row, or padding alone, but the others need this rank in their collectives.
                 self._micro_batch(*self._filler(*everywhere), counts, share=0.0)
+        self._local = totals.clone()
         self.optimiser.sum_gradients(self.world)
         *sums, masked = self.world.sum_(totals).tolist()
         return dict(zip(names, sums, strict=True)), counts, int(masked)
@@ -186,14 +188,33 @@ class Trainer:
 
     def _divergence(self, number: int, loss: float, norm: float) -> str:
         rows, _ = self.row_indices(number)
+        origin, ranks = self._origin()
+        if ranks:
+            rows = np.concatenate([rows[self.world.share(len(rows), rank)] for rank in ranks])
         pieces = np.unique(self.rows.rows(rows).document_id)
         return (
-            f"step {number + 1} of {self.steps}: loss {loss}, gradient norm {norm}; its update was "
-            f"not applied and no checkpoint holds it. Batch: rows {_listed(rows.tolist())} of "
-            f"{self.path}, documents {_documents(self.path, pieces[pieces >= 0])}. The same "
+            f"step {number + 1} of {self.steps}: loss {loss}, gradient norm {norm}{origin}; its "
+            "update was not applied and no checkpoint holds it. Batch: rows "
+            f"{_listed(rows.tolist())} of {self.path}, documents "
+            f"{_documents(self.path, pieces[pieces >= 0])}. The same "
             "command would meet it again: look at that text, or lower train.optim.lr or "
             "train.optim.clip_norm"
         )
+
+    def _origin(self) -> tuple[str, list[int]]:
+        """Which term was no number on which rank, in words, and those ranks (all call it)."""
+        mine = dict(zip(self.weights, self._local.tolist(), strict=False))
+        faults = [f"{name} is {value}" for name, value in mine.items() if not math.isfinite(value)]
+        found = self.world.gather((socket.gethostname(), faults))
+        told = [
+            f"{' and '.join(faults)} on rank {rank} of {self.world.size} ({host})"
+            if self.world.size > 1
+            else " and ".join(faults)
+            for rank, (host, faults) in enumerate(found)
+            if faults
+        ]
+        ranks = [rank for rank, (_, faults) in enumerate(found) if faults]
+        return "".join(f" ({text})" for text in told), ranks
 
 
 class _Losses(nn.Module):
