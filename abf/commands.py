@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,9 +28,11 @@ class Job:
     directory: Path
     document: dict[str, Any]
     results: Path
+    accept: tuple[str, ...] = ()
+    """Keys of a checkpoint's configuration that may have changed since."""
 
     @staticmethod
-    def open(name: str, path: Path) -> Job:
+    def open(name: str, path: Path, accept: Sequence[str] = ()) -> Job:
         """Read `config.json` of a stage directory.
 
         Raises:
@@ -53,7 +55,7 @@ class Job:
                 f"{config} belongs to stage {document.get('stage')!r}, not {name!r}"
             )
         depth = len(Path(document["stage"], document["key"]).parts)
-        return Job(directory, document, directory.absolute().parents[depth - 1])
+        return Job(directory, document, directory.absolute().parents[depth - 1], tuple(accept))
 
     def setting(self, name: str, kind: Any = None) -> Any:
         """A part of the configuration, as its config class when one is given."""
@@ -190,6 +192,7 @@ def base(job: Job, run: StageRun) -> dict[str, Any]:
             packed=rows,
             run_dir=run.directory,
             label=f"base {job.directory.name}",
+            accept=job.accept,
         )
     if not result.first:
         return {}
@@ -229,6 +232,7 @@ def train(job: Job, run: StageRun) -> dict[str, Any]:
             packed=job.input("packed") / "packed" / "train.arrow",
             run_dir=run.directory,
             label=f"train {job.directory.name}",
+            accept=job.accept,
         )
     if not result.first:
         return {}
@@ -359,13 +363,14 @@ def plan_of(job: Job) -> Mapping[str, Any]:
     return read_plan(job.results / "plan" / job.setting("plan"))
 
 
-def run_stage(name: str, path: Path, *, declared: bool = True) -> None:
+def run_stage(name: str, path: Path, *, declared: bool = True, accept: Sequence[str] = ()) -> None:
     """Run one stage directory to its manifest; finished work is only declared again.
 
     Args:
         declared: give the manifest its declared name (see `abf.stage.stage`).
+        accept: see `Job.accept`.
     """
-    job = Job.open(name, path)
+    job = Job.open(name, path, accept)
     directory, inputs = job.directory, job.all_inputs()
     config = directory / CONFIG
     with lock(directory, f"abf {name}"):
@@ -384,9 +389,11 @@ def run_stage(name: str, path: Path, *, declared: bool = True) -> None:
         run.counts = STAGE_COMMANDS[name](job, run)
 
 
-def follow_stage(name: str, path: Path) -> None:
+def follow_stage(name: str, path: Path, *, accept: Sequence[str] = ()) -> None:
     """Take part in a distributed stage as another rank than the first, which writes everything."""
-    job = Job.open(name, path)
+    job = Job.open(name, path, accept)
+    if job.finished():  # the first rank only says so
+        return
     STAGE_COMMANDS[name](job, StageRun(job.directory))
 
 

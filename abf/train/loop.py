@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -53,7 +53,14 @@ class TrainResult:
 
 
 def train(
-    cfg: TrainConfig, *, seed: int, model: Transformer, packed: Path, run_dir: Path, label: str
+    cfg: TrainConfig,
+    *,
+    seed: int,
+    model: Transformer,
+    packed: Path,
+    run_dir: Path,
+    label: str,
+    accept: Collection[str] = (),
 ) -> TrainResult:
     """Train to the end, from the newest whole checkpoint when there is one.
 
@@ -65,6 +72,7 @@ def train(
         packed: `train.arrow` of the packed data.
         run_dir: folder of checkpoints and journal; the caller holds its lock.
         label: name of the run in progress lines.
+        accept: keys that may differ from the checkpoint's, as the refusal names them.
 
     Raises:
         ConfigError: settings that cannot be run.
@@ -90,7 +98,7 @@ def train(
         trainer = Trainer(cfg, seed=seed, model=model, packed=packed, world=ranks)
         run = _Run(trainer, record, run_dir, identity)
         try:
-            run.resume()
+            run.resume(accept)
             while run.done < trainer.steps and not ranks.any(
                 stop.signal is not None or run.saver.failed
             ):
@@ -142,7 +150,7 @@ class _Run:
         """Seconds of training so far, over all attempts."""
         return self._before + time.monotonic() - self._began
 
-    def resume(self) -> None:
+    def resume(self, accept: Collection[str]) -> None:
         """Go to the newest whole checkpoint, or stay at the beginning; says which and why."""
         ranks: World = self.trainer.world
         found, damaged = checkpoint.latest(self.run_dir, ranks)
@@ -150,7 +158,7 @@ class _Run:
             self.record.warn("damaged_checkpoint", f"checkpoint skipped: {text}")
         window: Mapping[str, float] = {}
         if found is not None:
-            self._check_identity(found)
+            self._check_identity(found, accept)
             state = found.state
             moments = self.trainer.optimiser.blank()
             found.load(self._tensors(moments))
@@ -230,13 +238,21 @@ class _Run:
         weights = {f"model.{name}": tensor.detach() for name, tensor in parameters.items()}
         return weights | {f"optimizer.{name}": tensor for name, tensor in moments.items()}
 
-    def _check_identity(self, found: checkpoint.Checkpoint) -> None:
+    def _check_identity(self, found: checkpoint.Checkpoint, accept: Collection[str]) -> None:
         before, now = _flat(found.state["identity"]), _flat(self.identity)
-        if changed := differences(before, now):
+        changed = differences(before, now)
+        refused = [phrase for phrase in changed if phrase.partition(":")[0] not in accept]
+        if refused:
             raise ResumeError(
                 f"{found.path} belongs to another run; different (checkpoint -> now): "
-                f"{'; '.join(changed)}. Restore these, or delete {found.path.parent} to train from "
-                "scratch"
+                f"{'; '.join(refused)}. Restore these, accept each by `--accept KEY` to go on "
+                f"with it all the same, or delete {found.path.parent} to train from scratch"
+            )
+        if changed:
+            self.record.warn(
+                "config_changed",
+                f"goes on after step {found.step} with what was accepted: {'; '.join(changed)}",
+                changed=changed,
             )
 
     def _check_environment(self, found: checkpoint.Checkpoint) -> None:

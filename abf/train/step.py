@@ -10,7 +10,7 @@ import contextlib
 import dataclasses
 import math
 import socket
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +18,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from abf.artifacts import PIECES, read_table
 from abf.data.loader import PackedBatch, PackedRows, row_indices
@@ -31,6 +30,7 @@ from abf.model.transformer import Transformer
 from abf.train.config import TrainConfig
 from abf.train.optim import Optimiser, learning_rate
 from abf.train.parallel import World
+from abf.train.recompute import recomputed
 from abf.train.shard import ShardedOptimiser, enter, shard
 
 
@@ -234,22 +234,6 @@ class _Losses(nn.Module):
             terms = loss_terms(model, batch, noised=noised, loss=self.loss, backend=cfg.attention)
             loss = combine(terms, counts, term_weights(self.loss))
         return loss, terms
-
-
-@contextlib.contextmanager
-def recomputed(model: Transformer) -> Iterator[None]:
-    """Forward passes inside keep only the layers' inputs; backward computes the layers again."""
-
-    def again(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        return lambda *inputs: checkpoint(forward, *inputs, use_reentrant=False)
-
-    for layer in model.layers:
-        layer.forward = again(layer.forward)
-    try:
-        yield
-    finally:
-        for layer in model.layers:
-            del layer.forward  # the class's own again
 
 
 def _masked(noised: Noised | PathNoised, mask_id: int) -> int:

@@ -180,6 +180,36 @@ def test_another_configuration_is_refused_by_key(
     assert "schedule" not in str(caught.value)
 
 
+def test_a_changed_configuration_goes_on_when_each_key_is_accepted(
+    tmp_path: Path, stop_at: Callable[..., Interrupted], capsys: pytest.CaptureFixture[str]
+) -> None:
+    stop_at(4, tmp_path)
+    changes = {"optim": {"lr": 0.002}, "batch_rows": 3}
+    with pytest.raises(ResumeError) as caught:
+        tiny_train(tmp_path, changes, accept=["config.batch_rows", "config.optim"])
+    assert "config.optim.lr: 0.001 -> 0.002. Restore these, accept each" in str(caught.value)
+    assert "config.batch_rows" not in str(caught.value)
+    accept = ["config.batch_rows", "config.optim.lr"]
+    tiny_train(tmp_path, changes, accept=accept)
+    told = "config.batch_rows: 4 -> 3; config.optim.lr: 0.001 -> 0.002"
+    assert f"goes on after step 4 with what was accepted: {told}" in capsys.readouterr().err
+    (event,) = [r for r in read_journal(tmp_path / "journal.jsonl") if r.get("changed")]
+    assert (event["name"], "; ".join(event["changed"])) == ("config_changed", told)
+    found, _ = checkpoint.latest(tmp_path)
+    assert found is not None
+    assert found.state["identity"]["config"]["batch_rows"] == 3
+    tiny_train(tmp_path, changes, accept=accept)  # from then on it is the run's own
+
+
+def test_settings_that_change_no_result_may_change(
+    tmp_path: Path, stop_at: Callable[..., Interrupted], whole_run: tuple[Path, TrainResult]
+) -> None:
+    stop_at(4, tmp_path)
+    parallel = {"sharding": "full", "timeout_s": 7}
+    tiny_train(tmp_path, {"parallel": parallel, "checkpoint_activations": True})
+    assert_same_run(whole_run[0], tmp_path)
+
+
 def test_another_model_or_other_data_is_refused(
     tmp_path: Path, stop_at: Callable[..., Interrupted]
 ) -> None:
