@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 from typing import Any, NoReturn
 
-from abf.commands import STAGE_COMMANDS, run_stage
+from abf.commands import STAGE_COMMANDS, follow_stage, run_stage
 from abf.errors import AbfError, ArtifactError, ConfigError, Interrupted, os_fault
 from abf.stages import STAGES
 
@@ -91,6 +91,10 @@ the records of attempts and jobs. To give a study up, delete its plan/STUDY.json
 copies."""
 
 
+ACCEPT = """\
+go on from a checkpoint although this key of its configuration has changed since (the refusal names
+it: config.optim.lr, for example); once for each key"""
+
 SO_FAR = """\
 of a study that is not finished: its ledger and a page of its finished cells into KEY/so-far, which
 names the others and why, and MLflow up to date; a driver that ends with an error does the same"""
@@ -128,6 +132,7 @@ def _parser() -> argparse.ArgumentParser:
             sub.add_argument(
                 "--submit", action="store_true", help="as a Slurm job; attaches to one that lives"
             )
+            sub.add_argument("--accept", action="append", default=[], metavar="KEY", help=ACCEPT)
         if name == "report":
             sub.add_argument("--so-far", action="store_true", help=SO_FAR)
     sub = command(
@@ -217,11 +222,17 @@ def _run(arguments: argparse.Namespace) -> int:
     if command in STAGE_COMMANDS and getattr(arguments, "submit", False):
         from abf.launch import launch
 
-        launch(command, arguments.directory)
+        launch(command, arguments.directory, accept=arguments.accept)
     elif command == "report" and arguments.so_far:
         from abf.so_far import write_so_far
 
         write_so_far(arguments.directory)
+    elif command in TRAINED:
+        # torchrun starts the same command on every rank.
+        first = int(os.environ.get("RANK", "0")) == 0
+        (run_stage if first else follow_stage)(
+            command, arguments.directory, accept=arguments.accept
+        )
     elif command in STAGE_COMMANDS:
         run_stage(command, arguments.directory)
     elif command == "plan":

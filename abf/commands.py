@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -108,6 +108,7 @@ def base(job: Job, run: StageRun) -> dict[str, Any]:
             packed=rows,
             run_dir=run.directory,
             label=f"base {job.directory.name}",
+            accept=job.accept,
         )
     if not result.first:
         return {}
@@ -146,6 +147,7 @@ def train(job: Job, run: StageRun) -> dict[str, Any]:
             packed=job.input("packed") / "packed" / "train.arrow",
             run_dir=run.directory,
             label=f"train {job.directory.name}",
+            accept=job.accept,
         )
     if not result.first:
         return {}
@@ -269,13 +271,14 @@ def _reading(job: Job) -> dict[str, Any]:
     return {"shift": loss["shift"], "clean_stream": loss["clean_stream"]}
 
 
-def run_stage(name: str, path: Path, *, declared: bool = True) -> None:
+def run_stage(name: str, path: Path, *, declared: bool = True, accept: Sequence[str] = ()) -> None:
     """Run one stage directory to its manifest; finished work is only declared again.
 
     Args:
         declared: give the manifest its declared name (see `abf.stage.stage`).
+        accept: see `Job.accept`.
     """
-    job = Job.open(name, path)
+    job = Job.open(name, path, accept)
     directory, inputs = job.directory, job.all_inputs()
     config = directory / CONFIG
     with lock(directory, f"abf {name}"):
@@ -294,7 +297,9 @@ def run_stage(name: str, path: Path, *, declared: bool = True) -> None:
         run.counts = STAGE_COMMANDS[name](job, run)
 
 
-def follow_stage(name: str, path: Path) -> None:
+def follow_stage(name: str, path: Path, *, accept: Sequence[str] = ()) -> None:
     """Take part in a distributed stage as another rank than the first, which writes everything."""
-    job = Job.open(name, path)
+    job = Job.open(name, path, accept)
+    if job.finished():  # the first rank only says so
+        return
     STAGE_COMMANDS[name](job, StageRun(job.directory))

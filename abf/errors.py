@@ -63,6 +63,12 @@ class BudgetError(AbfError):
     exit_code = 9
 
 
+class RankError(AbfError):
+    """Another rank of a training died or hangs; names it, its host and what it was doing."""
+
+    exit_code = 10
+
+
 class Interrupted(AbfError):
     """A signal asked us to stop; state was saved and the same command goes on from there.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,9 +25,11 @@ class Job:
     directory: Path
     document: dict[str, Any]
     results: Path
+    accept: tuple[str, ...] = ()
+    """Keys of a checkpoint's configuration that may have changed since."""
 
     @staticmethod
-    def open(name: str, path: Path) -> Job:
+    def open(name: str, path: Path, accept: Sequence[str] = ()) -> Job:
         """Read `config.json` of a stage directory.
 
         Raises:
@@ -50,7 +52,7 @@ class Job:
                 f"{config} belongs to stage {document.get('stage')!r}, not {name!r}"
             )
         depth = len(Path(document["stage"], document["key"]).parts)
-        return Job(directory, document, directory.absolute().parents[depth - 1])
+        return Job(directory, document, directory.absolute().parents[depth - 1], tuple(accept))
 
     def setting(self, name: str, kind: Any = None) -> Any:
         """A part of the configuration, as its config class when one is given."""

@@ -14,6 +14,7 @@ import os
 import shlex
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,16 +52,19 @@ SETTLE_LOOKS = 2
 """Looks at the queue before an end that Slurm may still turn into a requeue is believed."""
 
 
-def launch(name: str, path: Path) -> None:
+def launch(name: str, path: Path, *, accept: Sequence[str] = ()) -> None:
     """See that the training of a stage directory gets done by a job, and declare it.
 
     A base model that is imported is no training: it is fetched here, where there is a network.
+
+    Args:
+        accept: see `abf.commands.Job.accept`.
 
     Raises:
         ClusterError: the job failed or was cancelled, or the scheduler refuses it.
         BudgetError: it does not fit into the allocation or a study's cap.
     """
-    job = Job.open(name, path)
+    job = Job.open(name, path, accept)
     if not (job.directory / LAUNCH).exists():
         run_stage(name, path)
         return
@@ -178,7 +182,10 @@ class Launch:
         Submitit names its pickle after the job once it knows the id: a process killed before that
         leaves a job without one. The job's own script gives this one the name (`_first_lines`).
         """
-        folder, work = self.directory / JOB, TrainJob(self.name, str(self.directory))
+        folder, work = (
+            self.directory / JOB,
+            TrainJob(self.name, str(self.directory), self.job.accept),
+        )
         # Of processes that were killed while submitting: nothing looks for them.
         for stray in (*folder.glob(f"{'?' * 32}.pkl"), *folder.glob("submission_file_*.sh")):
             stray.unlink()

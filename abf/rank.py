@@ -31,6 +31,8 @@ class TrainJob(submitit.helpers.Checkpointable):
 
     stage: str
     directory: str
+    accept: tuple[str, ...] = ()
+    """See `abf.commands.Job.accept`."""
 
     def __call__(self) -> None:
         """Run the stage; near the time limit, queue again and wait to be ended."""
@@ -39,6 +41,8 @@ class TrainJob(submitit.helpers.Checkpointable):
         os.environ["RANK"] = str(rank)
         os.environ["WORLD_SIZE"] = os.environ["SLURM_NTASKS"]
         os.environ["LOCAL_RANK"] = os.environ["SLURM_LOCALID"]
+        nodes = int(os.environ["SLURM_JOB_NUM_NODES"])
+        os.environ["LOCAL_WORLD_SIZE"] = str(int(os.environ["SLURM_NTASKS"]) // nodes)
         # Named after this start of the job: an earlier one's meeting place is no longer served.
         place = Path(self.directory) / JOB / f"ranks-{job}-{restart}.json"
         os.environ["ABF_RENDEZVOUS"] = str(place)
@@ -48,9 +52,9 @@ class TrainJob(submitit.helpers.Checkpointable):
         signal.signal(signal.SIGTERM, _stop)
         try:
             if rank == 0:
-                run_stage(self.stage, Path(self.directory), declared=False)
+                run_stage(self.stage, Path(self.directory), declared=False, accept=self.accept)
             else:
-                follow_stage(self.stage, Path(self.directory))
+                follow_stage(self.stage, Path(self.directory), accept=self.accept)
         except Interrupted as error:
             print(error, file=sys.stderr, flush=True)
             if not error.requeue:

@@ -70,7 +70,8 @@ def _shape(vocabulary: int, width: int, layers: int, heads: int, kv: int, d_ff: 
     )
 
 
-def _cases(quick: bool) -> list[Case]:
+def cases(quick: bool) -> list[Case]:
+    """Shapes to measure."""
     best = "bf16" if bf16_instructions() else "fp32"
     demo = _shape(4096, 128, 4, 4, 2, 384)
     cases = [
@@ -195,6 +196,6 @@ def run(quick: bool = False) -> list[Row]:
     rounds = 3 if quick else 15
     rows: list[Row] = []
     with tempfile.TemporaryDirectory() as name, settings(threads=1):
-        for case in _cases(quick):
+        for case in cases(quick):
             rows += _run_case(case, rounds, Path(name))
     return rows

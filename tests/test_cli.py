@@ -109,3 +109,20 @@ def test_make_ui_takes_a_port() -> None:
             text=True,
         )
         assert f"abf ui --port {port}\n" in done.stdout, done.stderr
+
+
+@pytest.mark.parametrize("rank", [None, "0", "1"])
+def test_the_same_command_is_every_rank(monkeypatch: pytest.MonkeyPatch, rank: str | None) -> None:
+    called = []
+    for name in ("run_stage", "follow_stage"):
+        monkeypatch.setattr(
+            cli, name, lambda *given, name=name, **options: called.append((name, given, options))
+        )
+    monkeypatch.delenv("RANK", raising=False)
+    if rank is not None:
+        monkeypatch.setenv("RANK", rank)
+    where = ["results/train/x", "--accept", "config.optim.lr", "--accept", "seed"]
+    assert cli.main(["train", *where]) == 0
+    name = "follow_stage" if rank == "1" else "run_stage"
+    accept = {"accept": ["config.optim.lr", "seed"]}
+    assert called == [(name, ("train", Path("results/train/x")), accept)]

@@ -1,31 +1,37 @@
-"""Rolling checkpoints: safetensors and JSON, written whole or not at all, newest valid one wins.
+"""Rolling checkpoints on disk: found, checked, read, pruned; `abf.train.saver` writes them.
 
-`{run_dir}/ckpt/step-00000123/` holds model.safetensors, optimizer.safetensors and state.json. The
-last lists sizes and hashes of the others and carries a hash of itself, so that a file cut in half
-or a flipped bit is found before a single weight is used. No pickle anywhere.
+`{run_dir}/ckpt/step-00000123/` holds a safetensors file of each rank's part and state.json. The
+tensors are laid out by torch.distributed.checkpoint (DCP), which reads them into any other number
+of ranks. state.json lists sizes and hashes of the files and carries a hash of itself, so that a
+file cut in half or a flipped bit is found before a single weight is used. No pickle anywhere.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+from torch.distributed.checkpoint.state_dict_loader import load
 
-from abf.errors import ArtifactError
-from abf.files import fsync_path, sha256
+from abf.errors import ArtifactError, ResumeError
+from abf.files import sha256
+from abf.train.parallel import World
 
 FOLDER = "ckpt"
-MODEL, OPTIMIZER, STATE = "model.safetensors", "optimizer.safetensors", "state.json"
-FORMAT = 1
+STATE = "state.json"
+FORMAT = 2
+
+# One process alone is a case of ours, not an accident.
+warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)
 
 
 @dataclass(frozen=True)
@@ -41,82 +47,36 @@ class Checkpoint:
         """Optimiser steps done."""
         return self.state["step"]
 
-    def model(self) -> dict[str, Tensor]:
-        """Parameters by name."""
-        return load_file(self.path / MODEL)
-
-    def optimizer(self) -> dict[str, Tensor]:
-        """Optimiser state by parameter name and moment."""
-        return load_file(self.path / OPTIMIZER)
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        """Fill tensors, or this rank's shards of them, in place; every rank calls it."""
+        reader = HuggingFaceStorageReader(str(self.path))
+        load(dict(tensors), storage_reader=reader, no_dist=not dist.is_initialized())
 
 
-def save(
-    run_dir: Path,
-    *,
-    step: int,
-    model: Mapping[str, Tensor],
-    optimizer: Mapping[str, Tensor],
-    state: Mapping[str, Any],
-    keep: int,
-) -> Path:
-    """Write a checkpoint, then remove all but the newest `keep`.
+def latest(run_dir: Path, world: World | None = None) -> tuple[Checkpoint | None, list[str]]:
+    """The newest checkpoint that is whole, and one phrase for each newer one that is not.
 
-    Args:
-        run_dir: the run's folder; one process writes into it at a time.
-        step: optimiser steps done.
-        model: parameters by name.
-        optimizer: optimiser state by name.
-        state: JSON values.
-        keep: checkpoints that stay, this one included.
+    Every rank calls it; they share the work of reading, and find the same.
 
     Raises:
-        ArtifactError: it could not be written (disk full, for example); the ones before stand.
+        ResumeError: the ranks see different checkpoints.
     """
-    folder = run_dir / FOLDER
-    final = folder / f"step-{step:08d}"
-    temporary = folder / f".{final.name}.{os.getpid()}.tmp"
-    try:
-        for leftover in folder.glob(".step-*.tmp"):  # of a writer that was killed
-            shutil.rmtree(leftover)
-        temporary.mkdir(parents=True)
-        save_file(_plain(model), temporary / MODEL)
-        save_file(_plain(optimizer), temporary / OPTIMIZER)
-        files = {
-            name: {"bytes": (temporary / name).stat().st_size, "sha256": sha256(temporary / name)}
-            for name in (MODEL, OPTIMIZER)
-        }
-        content = {**state, "format": FORMAT, "step": step, "files": files}
-        content["checksum"] = _checksum(content)
-        (temporary / STATE).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-        for name in (MODEL, OPTIMIZER, STATE):
-            fsync_path(temporary / name)
-        fsync_path(temporary)
-        if final.exists():  # a damaged one of the same step
-            shutil.rmtree(final)
-        os.replace(temporary, final)
-        fsync_path(folder)
-    except (OSError, SafetensorError) as error:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise ArtifactError(
-            f"the checkpoint of step {step} could not be written to {folder} ({error}); the "
-            "checkpoints before it stand: mend the cause (free space on the disk, for example) "
-            "and run the same command again"
-        ) from error
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
-    _prune(folder, step=step, keep=keep)
-    return final
-
-
-def latest(run_dir: Path) -> tuple[Checkpoint | None, list[str]]:
-    """The newest checkpoint that is whole, and one phrase for each newer one that is not."""
+    world = World() if world is None else world
+    found = list(reversed(_found(run_dir / FOLDER)))
+    if len(set(world.gather(tuple(path.name for path in found)))) > 1:
+        raise ResumeError(
+            f"the ranks see different checkpoints in {run_dir}; it must be on a disk they share"
+        )
     damaged: list[str] = []
-    for path in reversed(_found(run_dir / FOLDER)):
+    for path in found:
         try:
-            return Checkpoint(path, _check(path)), damaged
+            state, problem = _check(path, world), None
         except ArtifactError as error:
-            damaged.append(str(error))
+            state, problem = {}, str(error)
+        problems = [text for text in world.gather(problem) if text is not None]
+        if not problems:
+            return Checkpoint(path, state), damaged
+        damaged.append("; ".join(dict.fromkeys(problems)))
     return None, damaged
 
 
@@ -125,22 +85,33 @@ def clear(run_dir: Path) -> None:
     shutil.rmtree(run_dir / FOLDER, ignore_errors=True)
 
 
-def _found(folder: Path) -> list[Path]:
-    """Checkpoint folders, oldest first (the names sort by step)."""
-    return sorted(path for path in folder.glob("step-*") if path.is_dir())
-
-
-def _prune(folder: Path, *, step: int, keep: int) -> None:
+def prune(folder: Path, *, step: int, keep: int) -> None:
     """Remove old checkpoints, and those beyond `step`: damaged ones that the run went back from."""
     found = _found(folder)
-    current = folder / f"step-{step:08d}"
+    current = folder / name_of(step)
     beyond = [path for path in found if path.name > current.name]
     for path in beyond + [path for path in found if path not in beyond][:-keep]:
         shutil.rmtree(path)
 
 
-def _check(path: Path) -> dict[str, Any]:
-    """State of a checkpoint whose every byte is as written."""
+def name_of(step: int) -> str:
+    """Folder name of a checkpoint; names sort by step."""
+    return f"step-{step:08d}"
+
+
+def sealed(state: Mapping[str, Any], files: Mapping[str, Any], step: int) -> dict[str, Any]:
+    """Content of state.json: what the loop saves, and what the files must be."""
+    content = {**state, "format": FORMAT, "step": step, "files": dict(sorted(files.items()))}
+    return {**content, "checksum": _checksum(content)}
+
+
+def _found(folder: Path) -> list[Path]:
+    """Checkpoint folders, oldest first."""
+    return sorted(path for path in folder.glob("step-*") if path.is_dir())
+
+
+def _check(path: Path, world: World) -> dict[str, Any]:
+    """State of a checkpoint; every byte of this rank's part of the files is as written."""
     try:
         state = json.loads((path / STATE).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -151,7 +122,7 @@ def _check(path: Path) -> dict[str, Any]:
         raise ArtifactError(
             f"{path / STATE} has format {state['format']}; this version reads {FORMAT}"
         )
-    for name, entry in state["files"].items():
+    for name, entry in list(state["files"].items())[world.rank :: world.size]:
         file = path / name
         size = file.stat().st_size if file.exists() else 0
         if size != entry["bytes"]:
@@ -164,7 +135,3 @@ def _check(path: Path) -> dict[str, Any]:
 def _checksum(state: Mapping[str, Any]) -> str:
     rest = {name: value for name, value in state.items() if name != "checksum"}
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
-
-
-def _plain(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensor.detach().contiguous() for name, tensor in tensors.items()}

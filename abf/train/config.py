@@ -97,6 +97,17 @@ class BlockObjective(ConfigModel):
             raise ValueError(f"{given}, but nothing drafts: set corruption.drafts (kind: path)")
 
 
+class ParallelConfig(ConfigModel):
+    """How several ranks share the work; it changes no result beyond the last bits."""
+
+    sharding: Literal["none", "full", "hybrid"] = "none"
+    """Where weights, gradients and optimiser state live (FSDP2): `none`, whole on every rank;
+    `full`, in shards over all ranks; `hybrid`, in shards over the ranks of a node, each node
+    holding them all. One rank alone holds everything."""
+    timeout_s: float = Field(default=600.0, gt=0)
+    """Seconds a rank waits for the others before it stops and names the one that hangs."""
+
+
 Objective = Annotated[ArObjective | BlockObjective, Field(discriminator="kind")]
 
 
@@ -119,6 +130,11 @@ class TrainConfig(ConfigModel):
     """CPU threads; part of the config because it changes the last bits."""
     attention: AttentionBackend = "tiles"
     """Attention back end, chosen explicitly."""
+    checkpoint_activations: bool = False
+    """Compute each layer again in the backward pass instead of keeping what it needs: less memory,
+    about a third more time, the same numbers."""
+    parallel: ParallelConfig = ParallelConfig()
+    """How several ranks share the work."""
     checkpoint_steps: int = Field(default=50, ge=1)
     """Steps between checkpoints."""
     keep_checkpoints: int = Field(default=2, ge=2)

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from abf.errors import DivergenceError, Interrupted, ResumeError
 from abf.model.store import with_edit_heads
@@ -23,11 +24,17 @@ from abf.train.config import TrainConfig
 from abf.train.parallel import World, world
 from abf.train.record import Recorder
 from abf.train.runtime import differences, environment, settings
+from abf.train.saver import Saver
+from abf.train.shard import gathered, whole
 from abf.train.signals import StopFlag, command
 from abf.train.step import Trainer
 
 SAMPLE_BYTES = 1 << 20
 """Bytes at either end of the packed file that enter its fingerprint."""
+
+
+SAME_RESULT = {"parallel", "checkpoint_activations", "checkpoint_steps", "keep_checkpoints"}
+"""Settings that a resumed run may have other values of: they change no result."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +53,14 @@ class TrainResult:
 
 
 def train(
-    cfg: TrainConfig, *, seed: int, model: Transformer, packed: Path, run_dir: Path, label: str
+    cfg: TrainConfig,
+    *,
+    seed: int,
+    model: Transformer,
+    packed: Path,
+    run_dir: Path,
+    label: str,
+    accept: Collection[str] = (),
 ) -> TrainResult:
     """Train to the end, from the newest whole checkpoint when there is one.
 
@@ -58,6 +72,7 @@ def train(
         packed: `train.arrow` of the packed data.
         run_dir: folder of checkpoints and journal; the caller holds its lock.
         label: name of the run in progress lines.
+        accept: keys that may differ from the checkpoint's, as the refusal names them.
 
     Raises:
         ConfigError: settings that cannot be run.
@@ -70,23 +85,30 @@ def train(
         model = with_edit_heads(model)
     with (
         settings(threads=cfg.threads),
-        world() as ranks,
+        world(cfg.parallel.timeout_s) as ranks,
         StopFlag() as stop,
         Recorder(run_dir, label, active=ranks.first) as record,
     ):
         identity = {
-            "config": cfg.model_dump(mode="json"),
+            "config": cfg.model_dump(mode="json", exclude=SAME_RESULT),
             "seed": seed,
             "initial_model": model_hash(model),
             "packed": _fingerprint(packed),
         }
         trainer = Trainer(cfg, seed=seed, model=model, packed=packed, world=ranks)
         run = _Run(trainer, record, run_dir, identity)
-        run.resume()
-        while run.done < trainer.steps and not ranks.any(stop.signal is not None):
-            run.step()
-        if run.done > run.saved:
-            run.save()
+        try:
+            run.resume(accept)
+            while run.done < trainer.steps and not ranks.any(
+                stop.signal is not None or run.saver.failed
+            ):
+                run.step()
+            if run.done > run.saved:
+                run.save()
+        except Exception:
+            run.settle()  # what was on its way to the disk stands, whatever happened here
+            raise
+        run.settle()
         ranks.barrier()
         if ranks.any(stop.signal is not None):
             reason = stop.name or "a signal to another rank"
@@ -98,7 +120,7 @@ def train(
             )
         record.event("finished", step=run.done, wall_s=run.wall_s())
         model.zero_grad(set_to_none=True)
-        return TrainResult(model, run.done, run.tokens, run.wall_s(), ranks.first)
+        return TrainResult(gathered(model), run.done, run.tokens, run.wall_s(), ranks.first)
 
 
 class _Run:
@@ -110,8 +132,11 @@ class _Run:
         self.trainer, self.record, self.run_dir = trainer, record, run_dir
         self.identity = identity
         self.environment = environment(
-            precision=trainer.cfg.precision, world_size=trainer.world.size
+            precision=trainer.cfg.precision,
+            world_size=trainer.world.size,
+            sharding=trainer.cfg.parallel.sharding if trainer.sharded else "none",
         )
+        self.saver = Saver(run_dir, trainer.world, keep=trainer.cfg.keep_checkpoints)
         self.done = self.saved = 0
         self._before = 0.0
         self._began = time.monotonic()
@@ -125,23 +150,19 @@ class _Run:
         """Seconds of training so far, over all attempts."""
         return self._before + time.monotonic() - self._began
 
-    def resume(self) -> None:
+    def resume(self, accept: Collection[str]) -> None:
         """Go to the newest whole checkpoint, or stay at the beginning; says which and why."""
-        found, damaged = checkpoint.latest(self.run_dir)
+        ranks: World = self.trainer.world
+        found, damaged = checkpoint.latest(self.run_dir, ranks)
         for text in damaged:
             self.record.warn("damaged_checkpoint", f"checkpoint skipped: {text}")
-        ranks: World = self.trainer.world
-        if ranks.from_first(0 if found is None else found.step) != (found.step if found else 0):
-            raise ResumeError(
-                f"the ranks see different checkpoints in {self.run_dir}; it must be on a disk they "
-                "share"
-            )
         window: Mapping[str, float] = {}
         if found is not None:
-            self._check_identity(found)
+            self._check_identity(found, accept)
             state = found.state
-            _copy(found.model(), self.trainer.model)
-            self.trainer.optimiser.load(found.optimizer())
+            moments = self.trainer.optimiser.blank()
+            found.load(self._tensors(moments))
+            self.trainer.optimiser.load(moments)
             self.done = self.saved = found.step
             self._before, window = state["wall_s"], state["window"]
         elif damaged:
@@ -153,7 +174,7 @@ class _Run:
             step=self.done,
             steps=self.trainer.steps,
             seed=self.trainer.seed,
-            parameters=self.trainer.optimiser.gradients.numel(),
+            parameters=sum(p.numel() for p in self.trainer.optimiser.parameters.values()),
             environment=self.environment,
         )
         if found is not None:
@@ -166,16 +187,18 @@ class _Run:
         try:
             result = trainer.step(self.done)
         except DivergenceError as error:
+            self.settle()
             self.record.event("diverged", step=self.done + 1, text=str(error))
             raise
         self.done += 1
         self.record.step(result, tokens=trainer.tokens_per_step)
+        self._record_saved()
         last = self.done == trainer.steps
         if last or self.done % cfg.log_steps == 0:
             values = {"lr": result.lr}
             if trainer.loss is not None:
                 # Double: weights that ran away overflow here before the next loss tells of it.
-                embedding = trainer.model.mask_embedding.detach().double()
+                embedding = whole(trainer.model.mask_embedding.detach()).double()
                 values["mask_embedding_norm"] = float(torch.linalg.vector_norm(embedding))
             self.record.metrics(
                 step=self.done, tokens=self.tokens, wall_s=self.wall_s(), values=values
@@ -184,36 +207,52 @@ class _Run:
             self.save()
 
     def save(self) -> None:
-        """Write a checkpoint of this step; other ranks wait for the first."""
+        """Begin to write a checkpoint of this step; the training goes on while it is written."""
         trainer = self.trainer
-        if trainer.world.first:
-            # A crash of the machine must not leave a checkpoint whose metrics are lost.
-            self.record.sync()
-            path = checkpoint.save(
-                self.run_dir,
-                step=self.done,
-                model=trainer.optimiser.parameters,
-                optimizer=trainer.optimiser.state(),
-                state={
-                    "identity": self.identity,
-                    "environment": self.environment,
-                    "tokens": self.tokens,
-                    "wall_s": self.wall_s(),
-                    "window": dict(self.record.window),
-                },
-                keep=trainer.cfg.keep_checkpoints,
-            )
-            self.record.event("checkpoint", step=self.done, path=path.name)
-        trainer.world.barrier()
+        state = {
+            "identity": self.identity,
+            "environment": self.environment,
+            "tokens": self.tokens,
+            "wall_s": self.wall_s(),
+            "window": dict(self.record.window),
+        }
+        self.settle()
+        tensors = self._tensors(trainer.optimiser.state())
+        # A crash of the machine must not leave a checkpoint whose metrics are lost: sync before.
+        self.saver.save(tensors, state, step=self.done, before=self.record.sync)
         self.saved = self.done
 
-    def _check_identity(self, found: checkpoint.Checkpoint) -> None:
+    def settle(self) -> None:
+        """Wait for the checkpoint that is being written, if there is one, and record it."""
+        self.saver.wait()
+        self._record_saved()
+
+    def _record_saved(self) -> None:
+        if (saved := self.saver.poll()) is not None:
+            step, path = saved
+            self.record.event("checkpoint", step=step, path=path.name)
+
+    def _tensors(self, moments: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What a checkpoint holds: the model's own weights, and moments of the optimiser."""
+        parameters = self.trainer.optimiser.parameters
+        weights = {f"model.{name}": tensor.detach() for name, tensor in parameters.items()}
+        return weights | {f"optimizer.{name}": tensor for name, tensor in moments.items()}
+
+    def _check_identity(self, found: checkpoint.Checkpoint, accept: Collection[str]) -> None:
         before, now = _flat(found.state["identity"]), _flat(self.identity)
-        if changed := differences(before, now):
+        changed = differences(before, now)
+        refused = [phrase for phrase in changed if phrase.partition(":")[0] not in accept]
+        if refused:
             raise ResumeError(
                 f"{found.path} belongs to another run; different (checkpoint -> now): "
-                f"{'; '.join(changed)}. Restore these, or delete {found.path.parent} to train from "
-                "scratch"
+                f"{'; '.join(refused)}. Restore these, accept each by `--accept KEY` to go on "
+                f"with it all the same, or delete {found.path.parent} to train from scratch"
+            )
+        if changed:
+            self.record.warn(
+                "config_changed",
+                f"goes on after step {found.step} with what was accepted: {'; '.join(changed)}",
+                changed=changed,
             )
 
     def _check_environment(self, found: checkpoint.Checkpoint) -> None:
@@ -243,14 +282,6 @@ def _fingerprint(path: Path) -> dict[str, Any]:
         handle.seek(max(0, size - SAMPLE_BYTES))
         digest.update(handle.read())
     return {"bytes": size, "ends_sha256": digest.hexdigest()}
-
-
-def _copy(saved: Mapping[str, torch.Tensor], model: torch.nn.Module) -> None:
-    parameters = dict(model.named_parameters())
-    assert parameters.keys() == saved.keys(), sorted(parameters.keys() ^ saved.keys())
-    with torch.no_grad():
-        for name, parameter in parameters.items():
-            parameter.copy_(saved[name])
 
 
 def _flat(value: Any, prefix: str = "") -> dict[str, str]:

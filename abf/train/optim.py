@@ -1,7 +1,7 @@
-"""AdamW on one flat gradient buffer, with the learning rate as a pure function of the step.
+"""AdamW, with the learning rate as a pure function of the step.
 
-Steps count from 0: step s is the (s+1)-th update of T. All gradients are views of one fp32 buffer,
-so that the sum over ranks, the global norm and clipping are one operation each.
+Steps count from 0: step s is the (s+1)-th update of T. Gradients of whole weights are views of one
+flat fp32 buffer, so that the sum over ranks, the global norm and clipping are one operation each.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from abf.errors import ResumeError
 from abf.train.config import OptimConfig
+from abf.train.parallel import World
 
 MOMENTS = ("exp_avg", "exp_avg_sq", "step")
 """State that AdamW keeps of each parameter."""
@@ -61,13 +62,7 @@ class Optimiser:
         }
         """Trainable parameters by name; tied ones once."""
         assert all(p.dtype == torch.float32 for p in self.parameters.values())
-        sizes = [parameter.numel() for parameter in self.parameters.values()]
-        self.gradients = torch.zeros(sum(sizes))
-        """Flat buffer; each parameter's `.grad` is a view of it."""
-        for parameter, view in zip(
-            self.parameters.values(), self.gradients.split(sizes), strict=True
-        ):
-            parameter.grad = view.view_as(parameter)
+        self._hold_gradients()
         matrices = [p for p in self.parameters.values() if p.ndim >= 2]
         vectors = [p for p in self.parameters.values() if p.ndim < 2]
         self._adamw = torch.optim.AdamW(
@@ -80,9 +75,22 @@ class Optimiser:
             fused=True,
         )
 
+    def _hold_gradients(self) -> None:
+        sizes = [parameter.numel() for parameter in self.parameters.values()]
+        self.gradients = torch.zeros(sum(sizes))
+        """Flat buffer; each parameter's `.grad` is a view of it."""
+        for parameter, view in zip(
+            self.parameters.values(), self.gradients.split(sizes), strict=True
+        ):
+            parameter.grad = view.view_as(parameter)
+
     def zero_grad(self) -> None:
         """Forget the gradients of the last step."""
         self.gradients.zero_()
+
+    def sum_gradients(self, world: World) -> None:
+        """Replace the gradients by their sums over the ranks."""
+        world.sum_(self.gradients)
 
     def clip(self) -> float:
         """Scale the gradients to at most `clip_norm`; returns the norm before (may be inf, NaN)."""
@@ -106,6 +114,14 @@ class Optimiser:
             for moment in MOMENTS
         }
 
+    def blank(self) -> dict[str, Tensor]:
+        """Zeros in the shapes of `state`, to read a saved one into."""
+        return {
+            f"{name}.{moment}": torch.zeros(()) if moment == "step" else torch.zeros_like(parameter)
+            for name, parameter in self.parameters.items()
+            for moment in MOMENTS
+        }
+
     def load(self, state: Mapping[str, Tensor]) -> None:
         """Take over a state written by `state`, as copies.
 
@@ -119,7 +135,6 @@ class Optimiser:
                 f"{' ...' if len(different) > 6 else ''}"
             )
         for name, parameter in self.parameters.items():
-            # Fresh storage with torch's own alignment: a mapped file's would do, but differ.
             self._adamw.state[parameter] = {
                 moment: state[f"{name}.{moment}"].clone() for moment in MOMENTS
             }

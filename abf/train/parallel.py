@@ -18,18 +18,22 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
-from abf.errors import ConfigError
+from abf.errors import ConfigError, RankError
 from abf.files import write_json
+from abf.train.heartbeat import Heartbeat
+
+T = TypeVar("T")
 
 RENDEZVOUS = "ABF_RENDEZVOUS"
 
-TIMEOUT = timedelta(minutes=10)
+TIMEOUT_S = 600.0
 """How long a rank waits for the others before it gives up; a dead peer is noticed at once."""
 
 
@@ -39,14 +43,15 @@ class World:
 
     rank: int = 0
     size: int = 1
+    timeout_s: float = TIMEOUT_S
 
     @property
     def first(self) -> bool:
         """True on the rank that writes journals and checkpoints."""
         return self.rank == 0
 
-    def share(self, rows: int) -> slice:
-        """This rank's part of `rows` rows; parts differ by at most one row.
+    def share(self, rows: int, rank: int | None = None) -> slice:
+        """A rank's part (this one's) of `rows` rows; parts differ by at most one row.
 
         Raises:
             ConfigError: there are fewer rows than ranks.
@@ -56,7 +61,8 @@ class World:
                 f"train.batch_rows is {rows}, but {self.size} ranks each need a row; raise it to "
                 f"at least {self.size} or start fewer ranks"
             )
-        return slice(rows * self.rank // self.size, rows * (self.rank + 1) // self.size)
+        rank = self.rank if rank is None else rank
+        return slice(rows * rank // self.size, rows * (rank + 1) // self.size)
 
     def sum_(self, values: Tensor) -> Tensor:
         """Replace `values` by its sum over the ranks."""
@@ -68,13 +74,20 @@ class World:
         """True on every rank when `flag` is true on one."""
         return bool(self.sum_(torch.tensor(int(flag)))) if self.size > 1 else flag
 
-    def from_first(self, value: int) -> int:
-        """The first rank's `value`."""
+    def gather(self, value: T) -> list[T]:
+        """Every rank's `value` (small, picklable), by rank."""
         if self.size == 1:
-            return value
-        shared = torch.tensor(value)
-        dist.broadcast(shared, src=0)
-        return int(shared)
+            return [value]
+        found: list[Any] = [None] * self.size
+        dist.all_gather_object(found, value)
+        return found
+
+    def group(self) -> dist.ProcessGroup | None:
+        """A group of all ranks for collectives of another thread; none for one rank alone."""
+        if self.size == 1:
+            return None
+        timeout = timedelta(seconds=self.timeout_s)
+        return dist.new_group(backend="gloo", timeout=timeout)  # pyright: ignore[reportReturnType]
 
     def barrier(self) -> None:
         """Wait until every rank is here."""
@@ -83,18 +96,24 @@ class World:
 
 
 @contextlib.contextmanager
-def world() -> Iterator[World]:
+def world(timeout_s: float = TIMEOUT_S) -> Iterator[World]:
     """The ranks torchrun started, or this process alone; an open process group is used as it is.
+
+    Args:
+        timeout_s: seconds a rank waits for the others.
 
     Raises:
         ConfigError: torchrun's environment is incomplete; names what is missing.
+        RankError: another rank died, or let this one wait too long; names it.
     """
     if dist.is_initialized():
-        yield World(dist.get_rank(), dist.get_world_size())
+        with _watched(timeout_s) as ranks:
+            yield ranks
         return
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield World()
         return
+    timeout = timedelta(seconds=timeout_s)
     meeting = os.environ.get(RENDEZVOUS)
     needed = ("RANK",) if meeting else ("RANK", "MASTER_ADDR", "MASTER_PORT")
     if missing := [name for name in needed if name not in os.environ]:
@@ -104,37 +123,60 @@ def world() -> Iterator[World]:
         )
     if meeting:
         rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-        store = _meet(Path(meeting), rank, size)
-        dist.init_process_group("gloo", timeout=TIMEOUT, store=store, rank=rank, world_size=size)
+        store = _meet(Path(meeting), rank, size, timeout)
+        dist.init_process_group("gloo", timeout=timeout, store=store, rank=rank, world_size=size)
     else:
-        dist.init_process_group("gloo", timeout=TIMEOUT)
+        dist.init_process_group("gloo", timeout=timeout)
     try:
-        yield World(dist.get_rank(), dist.get_world_size())
+        with _watched(timeout_s) as ranks:
+            yield ranks
     finally:
         dist.destroy_process_group()
 
 
-def _meet(path: Path, rank: int, size: int) -> TCPStore:
+@contextlib.contextmanager
+def _watched(timeout_s: float) -> Iterator[World]:
+    """The ranks of the open process group; a failure for which another is to blame names it."""
+    ranks = World(dist.get_rank(), dist.get_world_size(), timeout_s)
+    store = dist.distributed_c10d._get_default_store()
+    with Heartbeat(store, ranks.rank, ranks.size) as heart:
+        try:
+            yield ranks
+        except RuntimeError as error:  # what every collective raises
+            blamed = heart.blame()
+            heart.say("" if blamed else f"{type(error).__name__}: {error}")
+            if blamed is None:
+                raise
+            raise RankError(
+                f"{blamed}. Rank {ranks.rank} of {ranks.size} stopped with it; the last checkpoint "
+                "stands, and the same command goes on from there"
+            ) from error
+        except Exception as error:
+            heart.say(str(error) or type(error).__name__)
+            raise
+
+
+def _meet(path: Path, rank: int, size: int, timeout: timedelta) -> TCPStore:
     """The store all ranks share; the first one opens it on a free port and writes where.
 
     Raises:
-        ConfigError: the first rank did not show up within `TIMEOUT`.
+        ConfigError: the first rank did not show up within `timeout`.
     """
     if rank == 0:
         store = TCPStore(
-            socket.gethostname(), 0, size, is_master=True, timeout=TIMEOUT, wait_for_workers=False
+            socket.gethostname(), 0, size, is_master=True, timeout=timeout, wait_for_workers=False
         )
         write_json(path, {"host": socket.gethostname(), "port": store.port})
         return store
     began = time.monotonic()
     while not path.exists():
-        if time.monotonic() - began > TIMEOUT.total_seconds():
+        if time.monotonic() - began > timeout.total_seconds():
             raise ConfigError(
-                f"rank {rank}: {path} did not appear within {TIMEOUT}; the first rank has not "
+                f"rank {rank}: {path} did not appear within {timeout}; the first rank has not "
                 "started, or the ranks share no disk"
             )
         time.sleep(0.2)
     place = json.loads(path.read_text(encoding="utf-8"))
     return TCPStore(
-        place["host"], place["port"], size, is_master=False, timeout=TIMEOUT, wait_for_workers=False
+        place["host"], place["port"], size, is_master=False, timeout=timeout, wait_for_workers=False
     )

@@ -27,7 +27,7 @@ KEPT_BYTES = 1 << 30
 """Blocks up to this size come from the heap, which never shrinks."""
 
 
-def environment(*, precision: str, world_size: int) -> dict[str, str]:
+def environment(*, precision: str, world_size: int, sharding: str) -> dict[str, str]:
     """Facts that decide the last bits of a run, by name."""
     return {
         "cpu": _cpu_model(),
@@ -38,6 +38,7 @@ def environment(*, precision: str, world_size: int) -> dict[str, str]:
         "numpy": version("numpy"),
         "precision": precision,
         "world_size": str(world_size),
+        "sharding": sharding,
     }
 
 

@@ -6,8 +6,10 @@ weights and the optimiser's state: nothing else is carried from one to the next.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
+import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,10 +17,12 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor, nn
 
 from abf.artifacts import PIECES, read_table
 from abf.data.loader import PackedBatch, PackedRows, row_indices
-from abf.diffusion.corrupt.base import Corrupter, NoisyStream, build_corruption
+from abf.diffusion.config import LossConfig
+from abf.diffusion.corrupt.base import Corrupter, Noised, build_corruption
 from abf.diffusion.corrupt.path import PathNoised
 from abf.diffusion.loss import Term, combine, count_terms, loss_terms, term_weights
 from abf.diffusion.policy.own import write_own
@@ -29,6 +33,8 @@ from abf.model.transformer import Transformer
 from abf.train.config import TrainConfig
 from abf.train.optim import Optimiser, learning_rate
 from abf.train.parallel import World
+from abf.train.recompute import recomputed
+from abf.train.shard import ShardedOptimiser, enter, shard
 
 WATCHED = {"edit": EDIT_COUNTS, "complete": COMPLETE_COUNTS}
 """What the terms that watch heads count."""
@@ -81,6 +87,7 @@ class Trainer:
         self.cfg, self.seed, self.model, self.path = cfg, seed, model, packed
         self.world = World() if world is None else world
         self.part = self.world.share(cfg.batch_rows)
+        self.most_rows = math.ceil(cfg.batch_rows / self.world.size)
         self.rows = PackedRows(packed)
         _check_fit(self.rows, model, packed)
         self.loss = cfg.objective.loss if cfg.objective.kind == "block" else None
@@ -88,7 +95,12 @@ class Trainer:
         self.watched = [name for term in self.weights for name in WATCHED.get(term, ())]
         self._corruptions: dict[float, Corrupter] = {}
         """By the end of their stage."""
-        self.optimiser = Optimiser(model, cfg.optim)
+        self.losses = _Losses(model, cfg, self.loss)
+        sharding = cfg.parallel.sharding
+        self.sharded = self.world.size > 1 and sharding != "none"
+        if self.sharded and sharding != "none":
+            shard(self.losses, model, self.world, sharding)
+        self.optimiser = (ShardedOptimiser if self.sharded else Optimiser)(model, cfg.optim)
         self.tokens_per_step = cfg.batch_rows * self.rows.row_length
         self.steps = math.ceil(cfg.tokens / self.tokens_per_step)
         model.train()
@@ -118,9 +130,10 @@ class Trainer:
             sum of each term (nats), count of each term, masked tokens, counts of the heads that are
             watched; all over all ranks.
         """
-        rows, epochs = self.row_indices(number)
-        rows, epochs = rows[self.part], epochs[self.part]
-        corruption, batch = self._stage(number, self.rows.rows(rows), epochs)
+        everywhere = self.row_indices(number)
+        rows, epochs = (each[self.part] for each in everywhere)
+        batch = self._grouped(number, self.rows.rows(rows), epochs)
+        corruption = self._corruption(number)
         names = list(self.weights)
         # Before any backward: what the sums are divided by counts every rank and micro-batch.
         local = count_terms(batch, self.loss)
@@ -130,10 +143,16 @@ class Trainer:
         self.optimiser.zero_grad()
         totals = torch.zeros(len(names) + 1 + len(self.watched), dtype=torch.float64)
         size = self.cfg.micro_rows or len(rows)
-        for start in range(0, len(rows), size):
+        for start in range(0, self.most_rows if self.sharded else len(rows), size):
             part = slice(start, start + size)
-            totals += self._micro_batch(_rows(batch, part), epochs[part], counts, corruption)
-        self.world.sum_(self.optimiser.gradients)
+            micro = _rows(batch, part)
+            if any(count_terms(micro, self.loss).values()):
+                totals += self._micro_batch(micro, epochs[part], counts, corruption)
+            elif self.sharded and any(counts.values()):
+                # No row, or padding alone, but the others need this rank in their collectives.
+                self._micro_batch(*self._filler(*everywhere), counts, corruption, share=0.0)
+        self._local = totals.clone()
+        self.optimiser.sum_gradients(self.world)
         found = self.world.sum_(totals).tolist()
         sums, masked, watch = found[: len(names)], found[len(names)], found[len(names) + 1 :]
         return (
@@ -147,21 +166,26 @@ class Trainer:
             number, batch_rows=self.cfg.batch_rows, n_rows=len(self.rows), seed=self.seed
         )
 
-    def _stage(
-        self, number: int, batch: PackedBatch, epochs: NDArray[np.int64]
-    ) -> tuple[Corrupter | None, PackedBatch]:
-        """What a step is trained on: how its rows are noised, and their blocks."""
+    def _corruption(self, number: int) -> Corrupter | None:
+        """How the rows of a step are noised."""
         objective = self.cfg.objective
         if objective.kind != "block":
-            return None, batch
+            return None
         stage = objective.stage(number, self.steps)
         if stage.until not in self._corruptions:
             self._corruptions[stage.until] = build_corruption(
                 stage.corruption or objective.corruption, mask_id=self.model.mask_id
             )
-        corruption = self._corruptions[stage.until]
+        return self._corruptions[stage.until]
+
+    def _grouped(self, number: int, batch: PackedBatch, epochs: NDArray[np.int64]) -> PackedBatch:
+        """Rows of a step, in its blocks."""
+        objective = self.cfg.objective
+        if objective.kind != "block":
+            return batch
+        stage = objective.stage(number, self.steps)
         longest = self.model.config.max_block
-        return corruption, regroup(
+        return regroup(
             batch, cap=stage.block_cap, join=stage.join, longest=longest, seed=self.seed,
             epochs=epochs,
         )  # fmt: skip
@@ -172,59 +196,130 @@ class Trainer:
         epochs: NDArray[np.int64],
         counts: dict[str, int],
         corruption: Corrupter | None,
+        share: float = 1.0,
     ) -> torch.Tensor:
         """Add the gradients of some rows; returns the terms' sums, the masked tokens, and counts of
         what is watched."""
         totals = torch.zeros(len(self.weights) + 1 + len(self.watched), dtype=torch.float64)
-        if not any(count_terms(batch, self.loss).values()):  # padding alone
-            return totals
         for view in range(1 if corruption is None else corruption.views):
             noised = (
                 None
                 if corruption is None
                 else corruption.apply(batch, seed=self.seed, epochs=epochs, draw=view)
             )
-            if isinstance(noised, PathNoised) and self.loss is not None:
-                # A pass of its own: autocast would keep weights cast without a gradient.
-                with self._lower():
-                    noised = write_own(
-                        self.model, batch, noised, loss=self.loss, backend=self.cfg.attention,
-                        seed=self.seed, epochs=epochs,
-                    )  # fmt: skip
-            with self._lower():
-                terms = loss_terms(
-                    self.model, batch, noised=noised, loss=self.loss, backend=self.cfg.attention,
-                    only=("nelbo",) if view else None,
-                )  # fmt: skip
-                loss = combine(terms, counts, self.weights)
+            loss, terms, noised = self.losses(
+                batch, noised, counts, ("nelbo",) if view else None, (self.seed, epochs)
+            )
+            if self.sharded:
+                # FSDP2 takes the mean over ranks; gloo knows no other (notes/feasibility.md §3).
+                loss = enter(loss * (share * self.world.size), self.model)
             loss.backward()
             totals += self._measured(terms, noised)
         return totals
 
-    def _lower(self) -> torch.autocast:
-        return torch.autocast("cpu", torch.bfloat16, enabled=self.cfg.precision == "bf16")
-
-    def _measured(self, terms: dict[str, Term], noised: NoisyStream | None) -> torch.Tensor:
+    def _measured(self, terms: dict[str, Term], noised: Noised | PathNoised | None) -> torch.Tensor:
         """Sums of the terms, masked tokens, and counts of what is watched."""
         zero = torch.zeros(1, dtype=torch.float64)
         sums = [
             terms[name].sum.detach().double()[None] if name in terms else zero
             for name in self.weights
         ]
-        masked = 0 if noised is None else int((noised.noisy_ids == self.model.mask_id).sum())
-        watch = [counts for term in terms.values() if (counts := term.watch) is not None]
+        masked = 0 if noised is None else _masked(noised, self.model.mask_id)
+        watch = [
+            term.watch if (term := terms.get(name)) and term.watch is not None
+            else torch.zeros(len(WATCHED[name]), dtype=torch.float64)
+            for name in self.weights if name in WATCHED
+        ]  # fmt: skip
         return torch.cat((*sums, zero + masked, *watch))
+
+    def _filler(
+        self, rows: NDArray[np.int64], epochs: NDArray[np.int64]
+    ) -> tuple[PackedBatch, NDArray[np.int64]]:
+        """A row of this step that is charged for something, and its epoch."""
+        for at in range(len(rows)):
+            batch = self.rows.rows(rows[at : at + 1])
+            if any(count_terms(batch, self.loss).values()):
+                return batch, epochs[at : at + 1]
+        raise AssertionError("the step charges for something, so one of its rows does")
 
     def _divergence(self, number: int, loss: float, norm: float) -> str:
         rows, _ = self.row_indices(number)
+        origin, ranks = self._origin()
+        if ranks:
+            rows = np.concatenate([rows[self.world.share(len(rows), rank)] for rank in ranks])
         pieces = np.unique(self.rows.rows(rows).document_id)
         return (
-            f"step {number + 1} of {self.steps}: loss {loss}, gradient norm {norm}; its update was "
-            f"not applied and no checkpoint holds it. Batch: rows {_listed(rows.tolist())} of "
-            f"{self.path}, documents {_documents(self.path, pieces[pieces >= 0])}. The same "
+            f"step {number + 1} of {self.steps}: loss {loss}, gradient norm {norm}{origin}; its "
+            "update was not applied and no checkpoint holds it. Batch: rows "
+            f"{_listed(rows.tolist())} of {self.path}, documents "
+            f"{_documents(self.path, pieces[pieces >= 0])}. The same "
             "command would meet it again: look at that text, or lower train.optim.lr or "
             "train.optim.clip_norm"
         )
+
+    def _origin(self) -> tuple[str, list[int]]:
+        """Which term was no number on which rank, in words, and those ranks (all call it)."""
+        mine = dict(zip(self.weights, self._local.tolist(), strict=False))
+        faults = [f"{name} is {value}" for name, value in mine.items() if not math.isfinite(value)]
+        found = self.world.gather((socket.gethostname(), faults))
+        told = [
+            f"{' and '.join(faults)} on rank {rank} of {self.world.size} ({host})"
+            if self.world.size > 1
+            else " and ".join(faults)
+            for rank, (host, faults) in enumerate(found)
+            if faults
+        ]
+        ranks = [rank for rank, (_, faults) in enumerate(found) if faults]
+        return "".join(f" ({text})" for text in told), ranks
+
+
+class _Losses(nn.Module):
+    """The forward pass of a micro-batch as one module: the root that shards are gathered for."""
+
+    def __init__(self, model: Transformer, cfg: TrainConfig, loss: LossConfig | None) -> None:
+        super().__init__()
+        self.model, self.cfg, self.loss = model, cfg, loss
+
+    def forward(
+        self,
+        batch: PackedBatch,
+        noised: Noised | PathNoised | None,
+        counts: dict[str, int],
+        only: tuple[str, ...] | None,
+        keys: tuple[int, NDArray[np.int64]],
+    ) -> tuple[Tensor, dict[str, Term], Noised | PathNoised | None]:
+        """Loss to differentiate, its terms, and the rows they are of.
+
+        Args:
+            batch: clean rows.
+            noised: as the corruption leaves them; the model writes its own drafts here.
+            counts: global ones.
+            only: terms to compute; all by default.
+            keys: seed of the run, and [B] how often each row was seen before.
+        """
+        cfg, model = self.cfg, self.model
+        if isinstance(noised, PathNoised) and self.loss is not None:
+            # A pass of its own: autocast would keep weights cast without a gradient.
+            with self._lower():
+                noised = write_own(
+                    model, batch, noised, loss=self.loss, backend=cfg.attention, seed=keys[0],
+                    epochs=keys[1],
+                )  # fmt: skip
+        again = recomputed(model) if cfg.checkpoint_activations else contextlib.nullcontext()
+        with self._lower(), again:
+            terms = loss_terms(
+                model, batch, noised=noised, loss=self.loss, backend=cfg.attention, only=only
+            )
+            loss = combine(terms, counts, term_weights(self.loss))
+        return loss, terms, noised
+
+    def _lower(self) -> torch.autocast:
+        return torch.autocast("cpu", torch.bfloat16, enabled=self.cfg.precision == "bf16")
+
+
+def _masked(noised: Noised | PathNoised, mask_id: int) -> int:
+    """Masked slots; padding, which depends on how rows were grouped, holds MASK, too."""
+    return int(((noised.noisy_ids == mask_id) & (noised.block_start >= 0)).sum())
 
 
 def _rows(batch: PackedBatch, part: slice) -> PackedBatch:

@@ -15,13 +15,14 @@ from abf.data.loader import row_indices
 from abf.diffusion.loss import Term, loss_terms
 from abf.errors import ArtifactError, ConfigError, DivergenceError, Interrupted, ResumeError
 from abf.track.journal import metrics_table, read_journal
-from abf.train import checkpoint, loop, step
+from abf.train import checkpoint, loop, saver, step
 from abf.train.loop import TrainResult, train
 from tests.train.equality import assert_same_run, curve, events
 from tests.train.tiny_run import L, new_model, tiny_config, tiny_train, write_rows
 
 AR = {"objective": {"kind": "ar"}}
 BF16 = {"precision": "bf16", "micro_rows": 2}
+PART = "rank-00000.safetensors"
 PATH = {"objective": {"kind": "block", "corruption": {"kind": "path"}}}
 
 
@@ -136,7 +137,7 @@ def test_a_checkpoint_cut_in_half_is_named_and_the_one_before_used(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     stop_at(8, tmp_path)
-    file = tmp_path / "ckpt" / "step-00000008" / "model.safetensors"
+    file = tmp_path / "ckpt" / "step-00000008" / PART
     file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
     tiny_train(tmp_path)
     assert f"checkpoint skipped: {file}" in capsys.readouterr().err
@@ -177,6 +178,36 @@ def test_another_configuration_is_refused_by_key(
     ):
         assert phrase in str(caught.value)
     assert "schedule" not in str(caught.value)
+
+
+def test_a_changed_configuration_goes_on_when_each_key_is_accepted(
+    tmp_path: Path, stop_at: Callable[..., Interrupted], capsys: pytest.CaptureFixture[str]
+) -> None:
+    stop_at(4, tmp_path)
+    changes = {"optim": {"lr": 0.002}, "batch_rows": 3}
+    with pytest.raises(ResumeError) as caught:
+        tiny_train(tmp_path, changes, accept=["config.batch_rows", "config.optim"])
+    assert "config.optim.lr: 0.001 -> 0.002. Restore these, accept each" in str(caught.value)
+    assert "config.batch_rows" not in str(caught.value)
+    accept = ["config.batch_rows", "config.optim.lr"]
+    tiny_train(tmp_path, changes, accept=accept)
+    told = "config.batch_rows: 4 -> 3; config.optim.lr: 0.001 -> 0.002"
+    assert f"goes on after step 4 with what was accepted: {told}" in capsys.readouterr().err
+    (event,) = [r for r in read_journal(tmp_path / "journal.jsonl") if r.get("changed")]
+    assert (event["name"], "; ".join(event["changed"])) == ("config_changed", told)
+    found, _ = checkpoint.latest(tmp_path)
+    assert found is not None
+    assert found.state["identity"]["config"]["batch_rows"] == 3
+    tiny_train(tmp_path, changes, accept=accept)  # from then on it is the run's own
+
+
+def test_settings_that_change_no_result_may_change(
+    tmp_path: Path, stop_at: Callable[..., Interrupted], whole_run: tuple[Path, TrainResult]
+) -> None:
+    stop_at(4, tmp_path)
+    parallel = {"sharding": "full", "timeout_s": 7}
+    tiny_train(tmp_path, {"parallel": parallel, "checkpoint_activations": True})
+    assert_same_run(whole_run[0], tmp_path)
 
 
 def test_another_model_or_other_data_is_refused(
@@ -281,15 +312,16 @@ def test_a_learning_rate_beyond_all_bounds_is_told_as_what_it_is(tmp_path: Path)
 def test_a_full_disk_keeps_the_last_checkpoint(
     tmp_path: Path, whole_run: tuple[Path, TrainResult], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = checkpoint.save_file
+    real = saver._write_safetensors
 
-    def full(tensors: Any, path: Path) -> None:
-        real(tensors, path)
-        if "step-00000006" in str(path) and "optimizer" in path.name:
+    def full(path: Path, *args: Any) -> dict[str, Any]:
+        found = real(path, *args)
+        if "step-00000006" in str(path):
             raise OSError(28, "No space left on device")
+        return found
 
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "save_file", full)
+        patch.setattr(saver, "_write_safetensors", full)
         with pytest.raises(ArtifactError, match=r"step 6 .*No space left"):
             tiny_train(tmp_path)
     assert [path.name for path in (tmp_path / "ckpt").iterdir()] == ["step-00000003"]

@@ -13,45 +13,59 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch.multiprocessing.spawn import start_processes
 
 from abf.errors import ConfigError, Interrupted
+from abf.model.store import with_edit_heads
 from abf.train import checkpoint
-from abf.train.parallel import world
+from abf.train.parallel import World, world
+from abf.train.shard import RANKS_PER_NODE, whole
 from abf.train.step import StepResult, Trainer
 from tests.train import tiny_run
 from tests.train.equality import curve, events
+from tests.train.ranks import join
 from tests.train.tiny_run import new_model, tiny_config, tiny_train, write_rows
 
+AR: dict[str, Any] = {"objective": {"kind": "ar"}}
+PATH: dict[str, Any] = {"objective": {"kind": "block", "corruption": {"kind": "path"}}}
+FULL: dict[str, Any] = {"parallel": {"sharding": "full"}}
+HYBRID: dict[str, Any] = {"parallel": {"sharding": "hybrid"}}
 SETTINGS: list[dict[str, Any]] = [
     {},
-    {"objective": {"kind": "ar"}},
+    AR,
     {"batch_rows": 3},  # one rank has two rows, the other one
     {"batch_rows": 5, "micro_rows": 2},
+    FULL,
+    FULL | AR,  # no rank's loss reads the length head
+    FULL | PATH,
+    FULL | {"batch_rows": 3, "micro_rows": 1},  # one rank has a pass less
+    FULL | {"batch_rows": 4, "micro_rows": 2, "checkpoint_activations": True},
+    HYBRID | {"checkpoint_activations": True},
+    HYBRID | PATH,
 ]
 
 
-def join(rank: int, directory: Path) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", init_method=f"file://{directory / 'meeting'}", rank=rank, world_size=2
-    )
+def trainer_of(packed: Path, changes: dict[str, Any], ranks: World | None = None) -> Trainer:
+    model = with_edit_heads(new_model()) if "corruption" in str(changes) else new_model()
+    return Trainer(tiny_config(**changes), seed=0, model=model, packed=packed, world=ranks)
+
+
+def gradients(trainer: Trainer) -> Tensor:
+    found = [p.grad for p in trainer.optimiser.parameters.values()]
+    return torch.cat([whole(grad).flatten() for grad in found if grad is not None])
 
 
 def write_gradients(rank: int, directory: Path) -> None:
     join(rank, directory)
+    os.environ[RANKS_PER_NODE] = "1"
     with world() as ranks:
         for number, changes in enumerate(SETTINGS):
-            trainer = Trainer(
-                tiny_config(**changes),
-                seed=0,
-                model=new_model(),
-                packed=directory / "train.arrow",
-                world=ranks,
-            )
+            trainer = trainer_of(directory / "train.arrow", changes, ranks)
             found = trainer.gradients(1)
-            file = directory / f"{number}.{rank}.pt"
-            torch.save({"found": found, "gradients": trainer.optimiser.gradients}, file)
+            all_gradients = gradients(trainer)
+            results = {"found": found, "gradients": all_gradients, "norm": trainer.optimiser.clip()}
+            torch.save(results, directory / f"{number}.{rank}.pt")
     dist.destroy_process_group()
 
 
@@ -59,16 +73,17 @@ def test_two_ranks_have_the_gradients_of_one(tmp_path: Path) -> None:
     packed = write_rows(tmp_path)
     start_processes(write_gradients, (tmp_path,), nprocs=2, start_method="spawn")
     for number, changes in enumerate(SETTINGS):
-        one = Trainer(tiny_config(**changes), seed=0, model=new_model(), packed=packed)
+        one = trainer_of(packed, changes)
         sums, counts, masked, _ = one.gradients(1)
         first, second = (torch.load(tmp_path / f"{number}.{rank}.pt") for rank in (0, 1))
         assert first["found"] == second["found"]
         assert torch.equal(first["gradients"], second["gradients"])
         assert first["found"][0] == pytest.approx(sums, rel=1e-6)
         assert first["found"][1:3] == (counts, masked)
-        torch.testing.assert_close(
-            first["gradients"], one.optimiser.gradients, rtol=1e-4, atol=1e-6
-        )
+        expected = one.optimiser.gradients
+        torch.testing.assert_close(first["gradients"], expected, rtol=1e-4, atol=1e-6)
+        assert first["norm"] == second["norm"]
+        assert first["norm"] == pytest.approx(float(torch.linalg.vector_norm(expected)), rel=1e-5)
 
 
 def stop_one_rank(rank: int, directory: Path) -> None:

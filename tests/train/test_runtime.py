@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -9,13 +11,14 @@ from abf.train.runtime import differences, environment, settings
 
 
 def test_the_same_process_has_the_same_environment() -> None:
-    first = environment(precision="fp32", world_size=1)
-    assert first == environment(precision="fp32", world_size=1)
+    first = environment(precision="fp32", world_size=1, sharding="none")
+    assert first == environment(precision="fp32", world_size=1, sharding="none")
     assert set(first) == {
         "cpu",
         "instructions",
         "numpy",
         "precision",
+        "sharding",
         "threads",
         "torch",
         "world_size",
@@ -36,9 +39,10 @@ def test_every_difference_is_named() -> None:
 
 
 def test_limits_on_instructions_are_part_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    before = environment(precision="bf16", world_size=1)
+    here: Any = {"precision": "bf16", "world_size": 1, "sharding": "none"}
+    before = environment(**here)
     monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX2")
-    (difference,) = differences(before, environment(precision="bf16", world_size=1))
+    (difference,) = differences(before, environment(**here))
     assert "ONEDNN_MAX_CPU_ISA=AVX2" in difference
 
 

@@ -41,7 +41,8 @@ def test_each_step_trains_its_stage(tmp_path: Path) -> None:
     longest, weights = [], []
     for number in (0, trainer.steps * 3 // 8, trainer.steps - 1):
         rows, epochs = trainer.row_indices(number)
-        corruption, batch = trainer._stage(number, trainer.rows.rows(rows), epochs)
+        batch = trainer._grouped(number, trainer.rows.rows(rows), epochs)
+        corruption = trainer._corruption(number)
         assert isinstance(corruption, Masked)
         longest.append(int(block_lengths(batch)[predicted(batch)].max()))
         weights.append(corruption.cfg.weight)

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from abf.errors import ArtifactError, ConfigError, DivergenceError
-from abf.model.transformer import Transformer
+from abf.model.transformer import Layer, Transformer
 from abf.train.parallel import World
 from abf.train.step import Trainer
 from tests.train.tiny_run import L, new_model, tiny_config, write_rows
@@ -39,6 +39,28 @@ def test_micro_batches_do_not_change_the_gradient(packed: Path, kind: str, micro
     one, two = whole.optimiser.gradients, parts.optimiser.gradients
     assert one.abs().max() > 1e-3
     torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_recomputed_layers_give_the_very_gradient(
+    packed: Path, precision: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[int] = []
+    real = Layer.forward
+
+    def counted(self: Layer, *inputs: Any) -> torch.Tensor:
+        calls.append(inputs[3])
+        return real(self, *inputs)
+
+    monkeypatch.setattr(Layer, "forward", counted)
+    kept = trainer(packed, precision=precision)
+    found = kept.gradients(0)
+    assert calls == [0, 1]
+    again = trainer(packed, precision=precision, checkpoint_activations=True)
+    assert again.gradients(0) == found
+    assert calls == [0, 1, 0, 1, 1, 0]  # backward computes them anew, last first
+    assert torch.equal(kept.optimiser.gradients, again.optimiser.gradients)
+    assert all("forward" not in vars(layer) for layer in again.model.layers)
 
 
 def test_counts_are_those_of_the_rows(packed: Path) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -100,7 +100,11 @@ def tiny_config(**changes: Any) -> TrainConfig:
 
 
 def tiny_train(
-    directory: Path, changes: Mapping[str, Any] | None = None, *, seed: int = 0
+    directory: Path,
+    changes: Mapping[str, Any] | None = None,
+    *,
+    seed: int = 0,
+    accept: Collection[str] = (),
 ) -> TrainResult:
     """Train in `directory`, whose packed rows are written the first time."""
     packed = directory / "train.arrow"
@@ -113,6 +117,7 @@ def tiny_train(
         packed=packed,
         run_dir=directory,
         label="tiny",
+        accept=accept,
     )
 
 

@@ -93,7 +93,7 @@ def test_two_ranks_of_a_training_job_meet_on_loopback(
         cwd=copy.folder,
         namespace=namespace,
         attempts=tmp_path / "attempts",
-        env={"SLURM_JOB_ID": "1", "SLURM_NTASKS": "2"},
+        env={"SLURM_JOB_ID": "1", "SLURM_NTASKS": "2", "SLURM_JOB_NUM_NODES": "1"},
     )
     assert done.returncode == 0, done.stdout[-6000:]
     assert isolated.ABSENT in done.stdout

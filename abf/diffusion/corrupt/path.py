@@ -58,6 +58,8 @@ class PathNoised:
     """Share of blocks that are meant to be drafts; 1 where none are."""
     own_steps: NDArray[np.int64]
     """[drafts] steps that the model is to write each for (`abf.diffusion.policy.own`); 0: none."""
+    most_steps: int
+    """Most steps that any draft could have."""
 
 
 class Path:
@@ -114,10 +116,12 @@ class Path:
         blocks = PathBlocks(
             row, start, columns, first, slots, clean, text, tau[row, start], weight, present
         )
-        share = 1.0 if self.cfg.drafts is None else self.cfg.drafts.share
+        drafts = self.cfg.drafts
+        share = 1.0 if drafts is None else drafts.share
+        most = drafts.own_steps if drafts is not None and drafts.own else 0
         return PathNoised(
             noisy_ids, block_start, self.law, blocks.take(~drafted), blocks.take(drafted), share,
-            own[drafted],
+            own[drafted], most,
         )  # fmt: skip
 
     def _either(

@@ -130,9 +130,9 @@ def draft(
     # Cells: before each column and at the end, what is added; then the next block's tokens.
     shown = np.where(replaced, foreign(n), clean)
     extra = np.arange(GRAM) < added[..., None]
-    tokens = np.concatenate([spurious[:, :n], shown[..., None]], axis=2).reshape(K, -1)
+    tokens = np.concatenate([spurious[:, :n], shown[..., None]], axis=2).reshape(K, n * (GRAM + 1))
     cells = np.concatenate([tokens, spurious[:, n], finished.following], axis=1)
-    present = np.concatenate([extra[:, :n], there[..., None]], axis=2).reshape(K, -1)
+    present = np.concatenate([extra[:, :n], there[..., None]], axis=2).reshape(K, n * (GRAM + 1))
     runs_on = np.arange(OVERRUN) < beyond[:, None]
     present = np.concatenate([present, extra[:, n], runs_on], axis=1)
 

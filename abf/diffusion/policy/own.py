@@ -69,6 +69,9 @@ def write_own(
 ) -> PathNoised:
     """The same rows, with the drafts that are the model's to write as it leaves them.
 
+    Passes are made for the most steps that any draft could have, whatever was drawn: ranks that
+    share weights must meet in each of them.
+
     Args:
         model: the writer.
         batch: clean rows.
@@ -78,7 +81,7 @@ def write_own(
         seed: of the run.
         epochs: [B] how often each row has been seen before.
     """
-    for step in range(int(noised.own_steps.max(initial=0))):
+    for step in range(noised.most_steps):
         mine = noised.own_steps > step
         drafts = noised.drafts.take(mine)
         streams = two_stream(batch, noised, clean_stream=loss.clean_stream)
@@ -134,8 +137,10 @@ def _step(
 
     added = np.full((K, m + 1, MOST), model.mask_id)
     there = np.arange(MOST) < wanted[..., None]
-    cells = np.concatenate([added[:, :m], text[..., None]], axis=2).reshape(K, -1)
-    present = np.concatenate([there[:, :m], (exists & ~remove)[..., None]], axis=2).reshape(K, -1)
+    cells = np.concatenate([added[:, :m], text[..., None]], axis=2).reshape(K, m * (MOST + 1))
+    present = np.concatenate([there[:, :m], (exists & ~remove)[..., None]], axis=2).reshape(
+        K, m * (MOST + 1)
+    )
     return squeeze(
         np.concatenate([cells, added[:, m]], axis=1),
         np.concatenate([present, there[:, m]], axis=1),
