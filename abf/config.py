@@ -119,6 +119,7 @@ class RunConfig(ConfigModel):
                     f"decoders.{name}.strategy.kind={decoder.strategy.kind!r} needs a model "
                     "trained on blocks, but train.objective.kind is 'ar': use strategy 'ar'"
                 )
+            self._check_edits(name, decoder)
             extent = decoder.extent
             if extent and extent.kind == "fixed" and extent.length > self.pack.max_block:
                 raise ValueError(
@@ -143,6 +144,29 @@ class RunConfig(ConfigModel):
             raise ValueError(
                 f"train.micro_rows={self.train.micro_rows} must divide "
                 f"train.batch_rows={self.train.batch_rows}"
+            )
+
+    def _check_edits(self, name: str, decoder: DecoderConfig) -> None:
+        """A strategy that reads edit heads needs a model whose training has them."""
+        strategy, objective = decoder.strategy, self.train.objective
+        if not strategy.needs_edits:
+            return
+        if not (objective.kind == "block" and objective.edits):
+            raise ValueError(
+                f"decoders.{name}.strategy.kind={strategy.kind!r} reads heads of insertion, "
+                "substitution, deletion and completion, which only train.objective.corruption.kind "
+                "'path' trains"
+            )
+        corruption = objective.corruption
+        if (
+            strategy.kind == "path"
+            and corruption.kind == "path"
+            and (strategy.late, strategy.wrong) != (corruption.late, corruption.wrong)
+        ):
+            raise ValueError(
+                f"decoders.{name}.strategy says late={strategy.late}, wrong={strategy.wrong}, but "
+                f"train.objective.corruption says late={corruption.late}, wrong="
+                f"{corruption.wrong}: the process is the one the model was trained on"
             )
 
     def _check_ranks(self) -> None:

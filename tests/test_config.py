@@ -47,6 +47,19 @@ def fault(tmp_path: Path):
         ),
         ("decoders: {d: {strategy: {kind: threshold}}}", ["decoders.d", "needs one"]),
         (
+            "decoders: {d: {strategy: {kind: abf}, extent: {kind: length_head}}}",
+            [
+                "decoders.d.strategy.kind='abf' reads heads",
+                "train.objective.corruption.kind 'path'",
+            ],
+        ),
+        (
+            "train: {objective: {kind: block, corruption: {kind: path, late: 0.3}}}\n"
+            "decoders: {d: {strategy: {kind: path}, extent: {kind: length_head}, "
+            "sampler: {temperature: 1.0}}}",
+            ["decoders.d.strategy says late=0.15", "corruption says late=0.3, wrong=0.1"],
+        ),
+        (
             "train: {objective: {kind: ar}}",
             ["decoders.threshold_09.strategy.kind='threshold'", "'ar'"],
         ),

@@ -10,13 +10,20 @@ from abf.base import ConfigModel, Threads
 from abf.model.config import AttentionBackend
 
 
-class ArStrategy(ConfigModel):
+class _MaskStrategy(ConfigModel):
+    @property
+    def needs_edits(self) -> bool:
+        """Whether it reads the edit heads."""
+        return False
+
+
+class ArStrategy(_MaskStrategy):
     """Token by token on the clean stream with a KV cache."""
 
     kind: Literal["ar"] = "ar"
 
 
-class ThresholdStrategy(ConfigModel):
+class ThresholdStrategy(_MaskStrategy):
     """Commit every mask whose confidence reaches the threshold, else the surest one (Fast-dLLM)."""
 
     kind: Literal["threshold"] = "threshold"
@@ -48,6 +55,11 @@ class AbfStrategy(ConfigModel):
     complete: float = Field(default=0.5, ge=0, le=1)
     """Probability that the block is whole at which it may be closed; 0 does not ask."""
 
+    @property
+    def needs_edits(self) -> bool:
+        """Whether it reads the edit heads."""
+        return set(self.operations) != {"fill"} or self.complete > 0
+
     def model_post_init(self, context: object) -> None:
         if "fill" not in self.operations or len(set(self.operations)) < len(self.operations):
             raise ValueError(
@@ -55,7 +67,28 @@ class AbfStrategy(ConfigModel):
             )
 
 
-Strategy = Annotated[ArStrategy | ThresholdStrategy | AbfStrategy, Field(discriminator="kind")]
+class PathStrategy(ConfigModel):
+    """The process that the bound is about, on a grid of times; for validating, not for speed."""
+
+    kind: Literal["path"] = "path"
+    steps: int = Field(default=64, ge=1)
+    """Intervals of the grid; the finer, the closer to the process."""
+    tau_max: float = Field(default=12.0, gt=0)
+    """Time at which the grid ends: a mask is left with probability about tau_max exp(-tau_max)."""
+    late: float = Field(default=0.15, ge=0, lt=1)
+    """p_D of the corruption that the model was trained with."""
+    wrong: float = Field(default=0.1, ge=0, lt=1)
+    """p_u of the corruption that the model was trained with."""
+
+    @property
+    def needs_edits(self) -> bool:
+        """Whether it reads the edit heads."""
+        return True
+
+
+Strategy = Annotated[
+    ArStrategy | ThresholdStrategy | AbfStrategy | PathStrategy, Field(discriminator="kind")
+]
 
 
 class FixedExtent(ConfigModel):
@@ -112,8 +145,25 @@ class DecoderConfig(ConfigModel):
     """Attention back end of the cached forward pass."""
 
     def model_post_init(self, context: object) -> None:
+        if self.strategy.kind == "path":
+            self._check_path(self.strategy)
         if (self.strategy.kind == "ar") != (self.extent is None):
             raise ValueError(
                 "strategy `ar` takes no extent; every other strategy needs one "
                 f"(strategy.kind={self.strategy.kind}, extent={self.extent})"
+            )
+
+    def _check_path(self, strategy: PathStrategy) -> None:
+        sampler = self.sampler
+        if sampler.temperature != 1 or sampler.top_p != 1:
+            raise ValueError(
+                "strategy `path` samples the model's own process: it needs sampler.temperature 1 "
+                f"and top_p 1 (temperature={sampler.temperature}, top_p={sampler.top_p})"
+            )
+        if self.reopen is not None:
+            raise ValueError(f"strategy `path` reopens nothing (reopen={self.reopen})")
+        if self.max_steps_per_block < strategy.steps + 2:
+            raise ValueError(
+                f"max_steps_per_block={self.max_steps_per_block} cuts the grid of strategy `path` "
+                f"short: it needs steps + 2 = {strategy.steps + 2}"
             )

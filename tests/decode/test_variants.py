@@ -17,8 +17,8 @@ from abf.eval.flops import passes_from_log
 from abf.model.transformer import Transformer
 from tests.decode.tiny import V, tiny_decode, tiny_engine, tiny_prompts
 
-NEEDED = {"fixed": {"length": 5}}
-"""Settings without a default."""
+NEEDED = {"fixed": {"length": 5}, "path": {"steps": 8}}
+"""Settings without a default, or with one that takes long."""
 
 
 def every(union: object) -> list[ConfigModel]:

@@ -32,7 +32,7 @@ class Abf:
 
     def __init__(self, cfg: AbfStrategy) -> None:
         self.cfg = cfg
-        self.needs_edits = set(cfg.operations) != {"fill"} or cfg.complete > 0
+        self.needs_edits = cfg.needs_edits
         self.bars = {
             "FILL": cfg.fill,
             "SUBSTITUTE": cfg.substitute,
