@@ -175,6 +175,10 @@ class LossConfig(ConfigModel):
     """Weight of what drafts teach of edits: gates, missing tokens, tokens of masks and mistakes."""
     complete_weight: float = Field(default=0.0, ge=0)
     """Weight of the cross-entropy of "this block is whole and right"."""
+    distil_weight: float = Field(default=0.0, ge=0)
+    """Weight of agreeing with a teacher on masked tokens (see the objective's `distil_from`)."""
+    distil_top: int = Field(default=16, ge=1)
+    """Tokens of the teacher's that are compared, the likeliest ones."""
 
     def model_post_init(self, context: object) -> None:
         if self.clean_stream == "block_causal" and self.ar_weight > 0:

@@ -5,10 +5,10 @@ are nats. Terms: `nelbo`, the bound on the text given the cuts (sum of S_b/K-wei
 over masked slots, or the path's integrand); `ar`, next-token cross-entropy on the clean stream;
 `length`, -log p(S_b | the text before the block), on a path the cost of the number of masks at its
 start, which turns the bound into one on text *and* cuts; `edit` and `complete`, what drafts teach,
-no likelihood. A term's count is what its sum is divided
-by: charged tokens (nelbo, ar) or charged blocks (length). The division takes
-global counts, over ranks and accumulation steps, so a gradient does not depend on how a batch was
-split (notes/training.md §3.3).
+`distil`, how far the student is from a teacher: no likelihoods. A term's count is what its sum is
+divided by: charged blocks (length, complete) or charged tokens. The division takes global counts,
+over ranks and accumulation steps, so a gradient does not depend on how a batch was split
+(notes/training.md §3.3).
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from abf.data.loader import PackedBatch
 from abf.diffusion.config import LossConfig
 from abf.diffusion.corrupt.base import Blocks, Noised
 from abf.diffusion.corrupt.path import PathNoised
+from abf.diffusion.guide import Guide, guide_nats
 from abf.diffusion.head import head_nll
 from abf.diffusion.layout import (
     BlockReads,
@@ -106,6 +107,7 @@ def term_weights(loss: LossConfig | None) -> dict[str, float]:
         "length": loss.length_weight,
         "edit": loss.edit_weight,
         "complete": loss.complete_weight,
+        "distil": loss.distil_weight,
     }
     return {name: weight for name, weight in weights.items() if weight > 0}
 
@@ -114,7 +116,8 @@ def count_terms(batch: PackedBatch, loss: LossConfig | None) -> dict[str, int]:
     """Count of every term, without a forward pass (to be summed over ranks and micro-batches)."""
     tokens = int(predicted(batch).sum())
     blocks = int(block_starts(batch).sum())
-    counts = {"nelbo": tokens, "ar": tokens, "length": blocks, "edit": tokens, "complete": blocks}
+    counts = dict.fromkeys(("nelbo", "ar", "edit", "distil"), tokens)
+    counts |= {"length": blocks, "complete": blocks}
     return {name: counts[name] for name in term_weights(loss)}
 
 
@@ -126,6 +129,7 @@ def loss_terms(
     loss: LossConfig | None,
     backend: Backend,
     only: Collection[str] | None = None,
+    guide: Guide | None = None,
 ) -> dict[str, Term]:
     """Forward pass over a micro-batch.
 
@@ -137,6 +141,7 @@ def loss_terms(
         loss: settings of the block objective.
         backend: attention back end.
         only: terms to compute of the block objective's; all by default.
+        guide: what a teacher says of the masked slots; none charges nothing for it.
     """
     counts = count_terms(batch, loss)
     if only is not None:
@@ -147,7 +152,7 @@ def loss_terms(
     else:
         assert noised is not None, "the block objective needs a noisy stream"
         charges = block_charges(
-            model, batch, noised, loss=loss, backend=backend, terms=counts.keys()
+            model, batch, noised, loss=loss, backend=backend, terms=counts.keys(), guide=guide
         )
     return {name: Term(charges[name].sum, counts[name], charges[name].watch) for name in counts}
 
@@ -181,6 +186,7 @@ def block_charges(
     backend: Backend,
     terms: Collection[str],
     aligned: bool = False,
+    guide: Guide | None = None,
 ) -> dict[str, Charges]:
     """Charges of the named terms from one pass over both streams.
 
@@ -191,6 +197,7 @@ def block_charges(
         aligned: charge a path by its expectation over alignments, which is what a bound should be
             reported by; a known alignment is cheaper to train on and has the same gradient in
             expectation.
+        guide: see `loss_terms`.
     """
     assert "ar" not in terms or loss.clean_stream == "context_causal", (
         "a block-causal clean stream sees its own targets"
@@ -254,7 +261,20 @@ def block_charges(
 
         return _Reading(reads.ends, charge)
 
+    def distil() -> _Reading:
+        assert isinstance(noised, Noised), "a teacher speaks of masks in their places"
+        reads = mask_reads(batch, noised, shift=loss.shift)
+
+        def charge(states: Tensor) -> Charges:
+            if guide is None:
+                return Charges(states.sum() * 0, states.new_zeros(len(states)), reads.slot)
+            nats = guide_nats(states, model.head_weight, guide)
+            return Charges(nats.sum(), nats.detach(), reads.slot)
+
+        return _Reading(reads.readout, charge)
+
     build = {"nelbo": nelbo, "ar": ar, "length": length, "edit": edit, "complete": complete}
+    build["distil"] = distil
     readings = {name: build[name]() for name in terms}
     # A clean row may serve several terms; its state is computed once.
     rows, where = torch.unique(

@@ -62,6 +62,9 @@ class BlockObjective(ConfigModel):
     """Terms and their weights."""
     stages: tuple[Stage, ...] = ()
     """Parts of the run, in order; the last ends at 1. None: the whole run is alike."""
+    distil_from: float | None = Field(default=None, gt=0, lt=1)
+    """Share of the run's steps at which the model becomes its own teacher: from then on it is to
+    agree with what it was, reading the blocks of the stage before. None: no teacher."""
 
     def stage(self, step: int, steps: int) -> Stage:
         """Settings of a step (from 0) of a run of so many."""
@@ -79,6 +82,16 @@ class BlockObjective(ConfigModel):
         ends = [stage.until for stage in self.stages]
         if ends and (ends != sorted(set(ends)) or ends[-1] != 1):
             raise ValueError(f"stages must end one after another, the last at 1, not {ends}")
+        if (self.distil_from is None) != (self.loss.distil_weight == 0):
+            raise ValueError(
+                f"distil_from={self.distil_from} and loss.distil_weight="
+                f"{self.loss.distil_weight} go together: a teacher, and what it counts"
+            )
+        if self.distil_from is not None and self.corruption.kind != "masked":
+            raise ValueError(
+                f"distil_from={self.distil_from}: a teacher speaks of masks in their places, not "
+                f"of a {self.corruption.kind}; use corruption.kind masked"
+            )
         all_ = [self.corruption, *(s.corruption for s in self.stages if s.corruption is not None)]
         if len(kinds := {corruption.kind for corruption in all_}) > 1:
             raise ValueError(

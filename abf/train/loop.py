@@ -6,6 +6,7 @@ a failed job. Tokens are clean row slots, padding included; steps are counted as
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import time
 from collections.abc import Collection, Mapping
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor
 
 from abf.errors import DivergenceError, Interrupted, ResumeError
-from abf.model.store import with_edit_heads
+from abf.model.store import assemble, load_weights, save_weights, with_edit_heads
 from abf.model.transformer import Transformer
 from abf.train import checkpoint
 from abf.train.config import TrainConfig
@@ -29,6 +30,8 @@ from abf.train.shard import gathered, whole
 from abf.train.signals import StopFlag, command
 from abf.train.step import Trainer
 
+TEACHER = "teacher.safetensors"
+"""The model as it was when it began to teach itself, in a run's folder."""
 SAMPLE_BYTES = 1 << 20
 """Bytes at either end of the packed file that enter its fingerprint."""
 
@@ -184,6 +187,7 @@ class _Run:
     def step(self) -> None:
         """One step, its records, and a checkpoint when one is due."""
         trainer, cfg = self.trainer, self.trainer.cfg
+        self._teacher()
         try:
             result = trainer.step(self.done)
         except DivergenceError as error:
@@ -205,6 +209,25 @@ class _Run:
             )
         if last or self.done % cfg.checkpoint_steps == 0:
             self.save()
+
+    def _teacher(self) -> None:
+        """Give the trainer its teacher when it is due: the model as it is, or as it was kept."""
+        trainer, path = self.trainer, self.run_dir / TEACHER
+        if trainer.teaching is None or self.done < trainer.teaching or trainer.losses.teacher:
+            return
+        if self.done == trainer.teaching:
+            teacher = copy.deepcopy(gathered(trainer.model))
+            if trainer.world.first:
+                save_weights(teacher.state_dict(), path)
+        elif path.exists():
+            teacher = assemble(trainer.model.config, load_weights(path), path)
+        else:
+            raise ResumeError(
+                f"{path} is missing: the weights of step {trainer.teaching}, which this run learns "
+                "from. Delete the run's checkpoints to train it again"
+            )
+        trainer.losses.teacher.append(teacher.requires_grad_(False).eval())
+        trainer.world.barrier()
 
     def save(self) -> None:
         """Begin to write a checkpoint of this step; the training goes on while it is written."""

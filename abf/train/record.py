@@ -116,7 +116,7 @@ def averages(window: Mapping[str, float]) -> dict[str, float]:
     """
     tokens = max(window["tokens"], 1)
     values = {name: window[name] / window["steps"] for name in ("loss", "grad_norm")}
-    for name in ("nelbo", "ar", "length", "edit", "complete"):
+    for name in ("nelbo", "ar", "length", "edit", "complete", "distil"):
         if f"{name}.sum" in window:
             values[name] = window[f"{name}.sum"] / tokens
     if "nelbo.sum" in window:

@@ -24,6 +24,7 @@ from abf.data.loader import PackedBatch, PackedRows, row_indices
 from abf.diffusion.config import LossConfig
 from abf.diffusion.corrupt.base import Corrupter, Noised, build_corruption
 from abf.diffusion.corrupt.path import PathNoised
+from abf.diffusion.guide import teach
 from abf.diffusion.loss import Term, combine, count_terms, loss_terms, term_weights
 from abf.diffusion.policy.own import write_own
 from abf.diffusion.policy.watch import COMPLETE_COUNTS, EDIT_COUNTS
@@ -133,7 +134,7 @@ class Trainer:
         everywhere = self.row_indices(number)
         rows, epochs = (each[self.part] for each in everywhere)
         batch = self._grouped(number, self.rows.rows(rows), epochs)
-        corruption = self._corruption(number)
+        corruption, seen = self._corruption(number), self._taught(number, batch, epochs)
         names = list(self.weights)
         # Before any backward: what the sums are divided by counts every rank and micro-batch.
         local = count_terms(batch, self.loss)
@@ -147,7 +148,8 @@ class Trainer:
             part = slice(start, start + size)
             micro = _rows(batch, part)
             if any(count_terms(micro, self.loss).values()):
-                totals += self._micro_batch(micro, epochs[part], counts, corruption)
+                taught = None if seen is None else _rows(seen, part)
+                totals += self._micro_batch(micro, epochs[part], counts, corruption, taught)
             elif self.sharded and any(counts.values()):
                 # No row, or padding alone, but the others need this rank in their collectives.
                 self._micro_batch(*self._filler(*everywhere), counts, corruption, share=0.0)
@@ -190,12 +192,30 @@ class Trainer:
             epochs=epochs,
         )  # fmt: skip
 
+    @property
+    def teaching(self) -> int | None:
+        """Step at which the model becomes its own teacher, if it does."""
+        objective = self.cfg.objective
+        if objective.kind != "block" or objective.distil_from is None:
+            return None
+        return max(1, math.ceil(objective.distil_from * self.steps))
+
+    def _taught(
+        self, number: int, batch: PackedBatch, epochs: NDArray[np.int64]
+    ) -> PackedBatch | None:
+        """Rows of a step in the teacher's blocks, or None while there is no teacher."""
+        if (first := self.teaching) is None or number < first:
+            return None
+        assert self.losses.teacher, "the loop gives the teacher"
+        return self._grouped(first - 1, batch, epochs)
+
     def _micro_batch(
         self,
         batch: PackedBatch,
         epochs: NDArray[np.int64],
         counts: dict[str, int],
         corruption: Corrupter | None,
+        taught: PackedBatch | None = None,
         share: float = 1.0,
     ) -> torch.Tensor:
         """Add the gradients of some rows; returns the terms' sums, the masked tokens, and counts of
@@ -208,8 +228,9 @@ class Trainer:
                 else corruption.apply(batch, seed=self.seed, epochs=epochs, draw=view)
             )
             loss, terms, noised = self.losses(
-                batch, noised, counts, ("nelbo",) if view else None, (self.seed, epochs)
-            )
+                batch, noised, counts, ("nelbo", "distil") if view else None,
+                (self.seed, epochs), taught,
+            )  # fmt: skip
             if self.sharded:
                 # FSDP2 takes the mean over ranks; gloo knows no other (notes/feasibility.md §3).
                 loss = enter(loss * (share * self.world.size), self.model)
@@ -279,6 +300,8 @@ class _Losses(nn.Module):
     def __init__(self, model: Transformer, cfg: TrainConfig, loss: LossConfig | None) -> None:
         super().__init__()
         self.model, self.cfg, self.loss = model, cfg, loss
+        self.teacher: list[Transformer] = []
+        """The model as it was, once it teaches; in a list, so that it is no part of this module."""
 
     def forward(
         self,
@@ -287,6 +310,7 @@ class _Losses(nn.Module):
         counts: dict[str, int],
         only: tuple[str, ...] | None,
         keys: tuple[int, NDArray[np.int64]],
+        taught: PackedBatch | None,
     ) -> tuple[Tensor, dict[str, Term], Noised | PathNoised | None]:
         """Loss to differentiate, its terms, and the rows they are of.
 
@@ -296,6 +320,7 @@ class _Losses(nn.Module):
             counts: global ones.
             only: terms to compute; all by default.
             keys: seed of the run, and [B] how often each row was seen before.
+            taught: the rows in the teacher's blocks, if there is a teacher.
         """
         cfg, model = self.cfg, self.model
         if isinstance(noised, PathNoised) and self.loss is not None:
@@ -305,11 +330,19 @@ class _Losses(nn.Module):
                     model, batch, noised, loss=self.loss, backend=cfg.attention, seed=keys[0],
                     epochs=keys[1],
                 )  # fmt: skip
+        guide = None
+        if taught is not None and isinstance(noised, Noised) and self.loss is not None:
+            with self._lower():
+                guide = teach(
+                    self.teacher[0], taught, noised, loss=self.loss, backend=cfg.attention,
+                    top=self.loss.distil_top,
+                )  # fmt: skip
         again = recomputed(model) if cfg.checkpoint_activations else contextlib.nullcontext()
         with self._lower(), again:
             terms = loss_terms(
-                model, batch, noised=noised, loss=self.loss, backend=cfg.attention, only=only
-            )
+                model, batch, noised=noised, loss=self.loss, backend=cfg.attention, only=only,
+                guide=guide,
+            )  # fmt: skip
             loss = combine(terms, counts, term_weights(self.loss))
         return loss, terms, noised
 
