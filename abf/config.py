@@ -149,6 +149,12 @@ class RunConfig(ConfigModel):
     def _check_edits(self, name: str, decoder: DecoderConfig) -> None:
         """A strategy that reads edit heads needs a model whose training has them."""
         strategy, objective = decoder.strategy, self.train.objective
+        causal = objective.kind == "ar" or objective.loss.clean_stream == "context_causal"
+        if decoder.reopen is not None and not causal:
+            raise ValueError(
+                f"decoders.{name}.reopen={decoder.reopen} reads the AR audit, which a model with "
+                "train.objective.loss.clean_stream 'block_causal' does not give"
+            )
         if not strategy.needs_edits:
             return
         if not (objective.kind == "block" and objective.edits):

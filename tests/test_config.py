@@ -54,6 +54,11 @@ def fault(tmp_path: Path):
             ],
         ),
         (
+            "train: {objective: {kind: block, loss: {clean_stream: block_causal, ar_weight: 0}}}\n"
+            "decoders: {d: {strategy: {kind: threshold}, extent: {kind: length_head}, reopen: -2}}",
+            ["decoders.d.reopen=-2.0 reads the AR audit", "'block_causal'"],
+        ),
+        (
             "train: {objective: {kind: block, corruption: {kind: path, late: 0.3}}}\n"
             "decoders: {d: {strategy: {kind: path}, extent: {kind: length_head}, "
             "sampler: {temperature: 1.0}}}",

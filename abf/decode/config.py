@@ -128,6 +128,12 @@ class DecoderConfig(ConfigModel):
     """How long the next block is; none for `ar`."""
     sampler: SamplerConfig = SamplerConfig()
     """Token choice."""
+    forbidden: tuple[int | str, ...] = ()
+    """Tokens that are never chosen: ids, or texts of one token."""
+    keep: tuple[str, ...] = ()
+    """Words that stand locked in the first block from its opening."""
+    max_slots: int | None = Field(default=None, ge=1)
+    """Most slots of a block, at its opening and later; none leaves that to the model."""
     batch_size: int = Field(default=8, ge=1)
     """Requests decoded side by side."""
     max_steps_per_block: int = Field(default=256, ge=1)
@@ -147,6 +153,10 @@ class DecoderConfig(ConfigModel):
     def model_post_init(self, context: object) -> None:
         if self.strategy.kind == "path":
             self._check_path(self.strategy)
+        if any(not word for word in self.keep):
+            raise ValueError("keep: an empty word")
+        if self.keep and self.strategy.kind == "ar":
+            raise ValueError("keep: strategy `ar` opens no block that could hold a word")
         if (self.strategy.kind == "ar") != (self.extent is None):
             raise ValueError(
                 "strategy `ar` takes no extent; every other strategy needs one "
@@ -160,8 +170,11 @@ class DecoderConfig(ConfigModel):
                 "strategy `path` samples the model's own process: it needs sampler.temperature 1 "
                 f"and top_p 1 (temperature={sampler.temperature}, top_p={sampler.top_p})"
             )
-        if self.reopen is not None:
-            raise ValueError(f"strategy `path` reopens nothing (reopen={self.reopen})")
+        for name in ("reopen", "forbidden", "keep", "max_slots"):
+            if (value := getattr(self, name)) not in (None, ()):
+                raise ValueError(
+                    f"{name}={value} would be another law than strategy `path` samples"
+                )
         if self.max_steps_per_block < strategy.steps + 2:
             raise ValueError(
                 f"max_steps_per_block={self.max_steps_per_block} cuts the grid of strategy `path` "

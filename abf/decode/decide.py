@@ -3,7 +3,7 @@
 Only masks of the view are filled, with vocabulary ids, and only tokens substituted; a strategy that
 breaks this is at fault. Beyond that an action is done as far as these rules let it:
 - one operation a slot and step: delete beats substitute and fill; nothing is inserted beside a slot
-  that is deleted in the same step, nor behind a locked document token;
+  that is deleted in the same step, between two that are locked, or behind a locked document token;
 - locked slots are immune; a slot is substituted at most `edits_per_slot` times (not: timed);
 - a block holds at most `max_block` slots, and no more than may still be delivered; it is never left
   empty (the least likely deletion is dropped);
@@ -141,7 +141,7 @@ def _insertions(
     assert (counts >= 1).all(), f"{name} inserts {counts} masks"
     order = gaps.argsort()
     gaps, counts = gaps[order], counts[order]
-    beside = np.zeros(len(delete) + 1, dtype=bool)
+    beside = ~view.edit.insertable
     beside[:-1] |= delete
     beside[1:] |= delete
     beside[_end(document) if document.any() else len(beside) :] = True
@@ -225,6 +225,8 @@ def _writes(
     wrong = f"{name} fills a slot that holds a token" if masks else f"{name} substitutes a mask"
     assert (view.is_mask[slots] == masks).all(), f"{wrong}: {wanted.uids}"
     assert ((tokens >= 0) & (tokens < view.mask_id)).all(), f"{name} emits {tokens}"
+    banned = np.isin(tokens, view.forbidden) if len(view.forbidden) else np.zeros(0)
+    assert not banned.any(), f"{name} emits {tokens}, where {view.forbidden} are forbidden"
     return slots, tokens
 
 

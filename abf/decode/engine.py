@@ -25,6 +25,7 @@ from torch import Tensor
 
 from abf.decode.batch import Batch, Layout, MixedAttend, layout, pad
 from abf.decode.config import SamplerConfig
+from abf.decode.controls import NO_CONTROLS, Controls
 from abf.decode.decide import step
 from abf.decode.observe import Limits, block_view
 from abf.decode.request import Prompt, RequestState, Sample
@@ -57,6 +58,7 @@ class Engine:
         edits_per_slot: how often one slot may be substituted.
         reopen: a closed block is opened once more, with masks for the tokens below this, where its
             mean AR log-probability (nats) is below it.
+        controls: what the text may not and must hold, and how long a block may be.
         backend: attention back end.
         precision: `fp32` or `bf16`.
         clean_stream: `context_causal`, a closed block is written causally; `block_causal`, its rows
@@ -75,6 +77,7 @@ class Engine:
         max_steps: int = 256,
         edits_per_slot: int = 4,
         reopen: float | None = None,
+        controls: Controls = NO_CONTROLS,
         backend: AttentionBackend = "reference",
         precision: str = "fp32",
         clean_stream: Literal["context_causal", "block_causal"] = "context_causal",
@@ -87,7 +90,9 @@ class Engine:
         assert model.config.edit_heads or not strategy.needs_edits, "the model has no edit heads"
         self.model, self.strategy, self.extent, self.sampler = model, strategy, extent, sampler
         self.shift, self.seed, self.reopen = shift, seed, reopen
-        self.limits = Limits(max_steps, model.max_block, edits_per_slot)
+        self.controls = controls
+        longest = min(model.max_block, controls.max_slots or model.max_block)
+        self.limits = Limits(max_steps, longest, edits_per_slot, controls.forbidden)
         self.backend: AttentionBackend = backend
         self.causal = clean_stream == "context_causal"
         self.dtype = torch.bfloat16 if precision == "bf16" else torch.float32
@@ -184,7 +189,10 @@ class Engine:
             )
             length = self.extent.next_extent(view).length
             assert length >= least, f"{type(self.extent).__name__} opened nothing"
-            state.open(min(length, state.tokens_left))
+            first = state.blocks == 0
+            length = min(self.controls.length(length, first=first), state.tokens_left)
+            kept = self.controls.places(length) if first and self.controls.keep else None
+            state.open(length, kept)
 
     def _decide_known(self, batch: Batch) -> None:
         """Decide where only a block's first slot is left and the row that predicts it is known.
@@ -286,7 +294,7 @@ class Engine:
             keys = [(s.prompt.request, s.blocks, s.block.step) for s in states if s.block]
             each = np.array(keys).repeat(counts, axis=0)
             uniforms = uniform(TOKEN_STREAM, self.seed, *each.T, np.concatenate(slots))
-        proposals = propose(logits, self.sampler, uniforms)
+        proposals = propose(logits, self.sampler, uniforms, self.controls.forbidden)
         stops = np.cumsum(counts).tolist()
         for number, (row, stop, slot) in enumerate(zip(rows, stops, slots, strict=True)):
             state = batch.requests[row]

@@ -31,6 +31,8 @@ class Limits:
     """Slots it may grow to."""
     edits_per_slot: int
     """Substitutions of one slot."""
+    forbidden: tuple[int, ...] = ()
+    """Tokens that are not to be written."""
 
 
 def _spread(slots: NDArray[np.intp], rows: NDArray[Any], n: int, empty: float) -> NDArray[Any]:
@@ -81,6 +83,7 @@ def block_view(
         tokens_left=state.tokens_left,
         mask_id=state.mask_id,
         document_id=state.document_id,
+        forbidden=_sealed(np.array(limits.forbidden, dtype=np.int32)),
         uids=_frozen(block.uids[:n]),
         ids=_frozen(block.ids[:n]),
         is_mask=_sealed(block.ids[:n] == block.mask_id),
@@ -115,6 +118,10 @@ def _edit_view(
     gates = read_gates(edits, torch.tensor(view.is_mask))
     slots = block.slots[:n]
     room = 0 if block.oscillates else min(limits.max_block, state.tokens_left) - len(block.slots)
+    locked = slots["locked"]
+    insertable = np.ones(n + 1, dtype=bool)
+    insertable[1:-1] = ~(locked[:-1] & locked[1:])
+    insertable[n] = not (n and locked[-1] and slots["id"][-1] == state.document_id)
     spent = slots["changes"] >= limits.edits_per_slot
     return EditView(
         gap_uids=_sealed(np.concatenate([[state.last_uid], view.uids])),
@@ -124,11 +131,12 @@ def _edit_view(
         missing=_sealed(gates.missing.numpy()),
         complete=float(gates.complete.sigmoid()),
         raw=_sealed(edits.numpy()),
-        locked=_frozen(slots["locked"]),
+        locked=_frozen(locked),
         changes=_frozen(slots["changes"]),
         spent=_sealed(np.zeros_like(spent) if timed else spent),
         stable=_sealed(block.step - slots["changed"]),
         room=max(0, room),
+        insertable=_sealed(insertable),
         uniforms=_sealed(np.zeros((0, 3)) if uniforms is None else uniforms),
     )
 

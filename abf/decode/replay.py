@@ -153,7 +153,8 @@ class Folded:
             if left not in (self.last_uid, *self.uids):
                 raise RuleError(f"inserts behind uid {left}, no slot of the active block")
             at = 0 if left == self.last_uid else self.uids.index(left) + 1
-            if (left != self.newest and at >= self.place) or left in self.banned:
+            between = 0 < at < len(self.uids) and self.locked[at - 1] and self.locked[at]
+            if (left != self.newest and at >= self.place) or left in self.banned or between:
                 raise RuleError(f"inserts behind uid {left}, where it may not")
             self.place = min(self.place, at)
             self._fresh(uid, left, left)

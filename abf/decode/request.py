@@ -112,8 +112,12 @@ class RequestState:
         self.last_uid = len(ids) - 1
         return ids
 
-    def open(self, length: int) -> None:
-        """Open a block of `length` masks."""
+    def open(
+        self,
+        length: int,
+        keep: tuple[NDArray[np.intp], NDArray[np.int32]] | None = None,
+    ) -> None:
+        """Open a block of `length` masks; of these the slots of `keep` are filled and locked."""
         assert self.block is None
         assert self.closing is None
         uids = np.arange(self.next_uid, self.next_uid + length, dtype=np.int32)
@@ -121,21 +125,20 @@ class RequestState:
         events[:1] = blank(1, "OPEN", length=length)
         events["uid"][1:], events["new_id"][1:] = uids, self.mask_id
         events["left_uid"][1:2], events["left_uid"][2:] = self.last_uid, uids[:-1]
-        self._log(events, -1)
-        self.next_uid += length
-        self.block = ActiveBlock(
-            number=self.blocks,
-            slots=masks(uids, self.mask_id, step=-1),
-            live=length,
-            mask_id=self.mask_id,
-            opened=length,
+        slots = masks(uids, self.mask_id, step=-1)
+        block = ActiveBlock(
+            number=self.blocks, slots=slots, live=length, mask_id=self.mask_id, opened=length
         )
+        edits = Edits() if keep is None else Edits(write=keep[0], tokens=keep[1], lock=keep[0])
+        self.next_uid += length
+        self._edit(block, edits, events, -1)
+        self.block = block
 
     def apply(self, edits: Edits) -> None:
         """Do one step's operations on the active block."""
         block = self.block
         assert block is not None
-        self._edit(block, edits, None)
+        self._edit(block, edits, None, block.step)
         block.step += 1
 
     def complete(self, *, gate: float = float("nan"), threshold: float = float("nan")) -> None:
@@ -200,27 +203,28 @@ class RequestState:
         )
         event = blank(1, "REOPEN", length=block.live, threshold=_probability(bar))
         event["prob"] = _probability(log_probs.mean())
-        self._edit(block, edits, event)
+        block.slots = block.slots[: block.live].copy()
+        block.slots["locked"], block.slots["commit_step"] = False, -1
+        self._edit(block, edits, event, block.step)
         self.block, self.closing = block, None
         block.step += 1
         block.forced, block.stalled, block.reopened = False, False, True
 
-    def _edit(self, block: ActiveBlock, edits: Edits, reopening: NDArray[Any] | None) -> None:
-        """Log and apply; `reopening` is the event that unlocks the live slots first."""
-        before = block.slots
-        if reopening is not None:
-            before = block.slots[: block.live].copy()
-            before["locked"], before["commit_step"] = False, -1
-        events = edits.events(before, self.mask_id, left_uid=self.last_uid, first_uid=self.next_uid)
-        if reopening is not None:
-            events = np.concatenate([reopening, events])
+    def _edit(
+        self, block: ActiveBlock, edits: Edits, before: NDArray[Any] | None, step: int
+    ) -> None:
+        """Log, behind the events `before` of the same group, and apply."""
+        slots = block.slots
+        events = edits.events(slots, self.mask_id, left_uid=self.last_uid, first_uid=self.next_uid)
+        if before is not None:
+            events = np.concatenate([before, events])
         if len(events):
-            self._log(events, block.step)
-        block.slots = edits.slots(before, self.mask_id, first_uid=self.next_uid, step=block.step)
+            self._log(events, step)
+        block.slots = edits.slots(slots, self.mask_id, first_uid=self.next_uid, step=step)
         self.next_uid += int(edits.counts.sum())
         ends = np.flatnonzero(block.locked & (block.ids == self.document_id))
         block.live = int(ends[0]) + 1 if len(ends) else len(block.slots)
-        substituted = int((before["id"][edits.write] != self.mask_id).sum())
+        substituted = int((slots["id"][edits.write] != self.mask_id).sum())
         for kind, count in (
             ("FILL", len(edits.write) - substituted),
             ("SUBSTITUTE", substituted),

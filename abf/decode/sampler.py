@@ -6,6 +6,7 @@ shown and logged are the model's own (temperature 1); temperature and top-p only
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -52,17 +53,26 @@ class Proposals:
         return self.top_probs[:, 0] - self.top_probs[:, 1]
 
 
-def propose(logits: Tensor, cfg: SamplerConfig, uniforms: NDArray[np.float64] | None) -> Proposals:
+def propose(
+    logits: Tensor,
+    cfg: SamplerConfig,
+    uniforms: NDArray[np.float64] | None,
+    forbidden: Sequence[int] = (),
+) -> Proposals:
     """Choose a token for each row.
 
     Args:
         logits: [R, V] float32.
         cfg: temperature 0 takes the likeliest token (the lowest id among equals).
         uniforms: [R] numbers in [0, 1), one a row; not needed at temperature 0.
+        forbidden: tokens that are never chosen; what is shown of the model is the same.
     """
     log_probs = torch.log_softmax(logits, dim=-1)
     probs = log_probs.exp()
     top_probs, top_ids = probs.topk(min(ALTERNATIVES, probs.shape[1]), dim=-1)
+    if forbidden:
+        logits = logits.clone()
+        logits[:, list(forbidden)] = -torch.inf
     if cfg.temperature == 0:
         token = logits.argmax(dim=-1)
     else:

@@ -21,6 +21,7 @@ from abf.base import build
 from abf.data.loader import PackedRows, spread
 from abf.data.tokenizer import TextTokenizer, load_tokenizer
 from abf.decode.config import DecoderConfig, FixedExtent
+from abf.decode.controls import NO_CONTROLS, Controls, controls
 from abf.decode.engine import Engine
 from abf.decode.request import Prompt, Sample
 from abf.decode.trace import TraceWriter
@@ -89,14 +90,17 @@ def decode_task(
     model = load_model(model_dir).eval()
     text = load_tokenizer(tokenizer)
     prompts = held_out_prompts(task, packed, model, text)
+    asked = controls(decoder, text, max_block=model.max_block, new_tokens=task.new_tokens)
     header = {
-        "version": "1",
+        "version": "2",
         "mask_id": str(model.mask_id),
         "document_id": str(model.config.document_id),
         "requests": str(len(prompts)),
         "model_sha256": sha256(model_dir / WEIGHTS),
         "tokenizer_sha256": sha256(tokenizer / "tokenizer.json"),
         "decoder": json.dumps(decoder.model_dump(mode="json"), sort_keys=True),
+        "forbidden": json.dumps(asked.forbidden),
+        "keep": json.dumps(asked.keep),
         "new_tokens": str(task.new_tokens),
         "shift": str(shift).lower(),
         "clean_stream": clean_stream,
@@ -119,6 +123,7 @@ def decode_task(
             trace=trace,
             clean_stream=clean_stream,
             label=label,
+            controls=asked,
         )
     wall_s = time.perf_counter() - began
     write_table(out / "samples.parquet", samples_table(samples, text), SAMPLES)
@@ -139,6 +144,7 @@ def decode(
     trace: TraceWriter,
     clean_stream: Literal["context_causal", "block_causal"] = "context_causal",
     label: str = "decode",
+    controls: Controls = NO_CONTROLS,
 ) -> list[Sample]:
     """Continue every prompt as the config says, `batch_size` side by side.
 
@@ -165,6 +171,7 @@ def decode(
         max_steps=cfg.max_steps_per_block,
         edits_per_slot=cfg.edits_per_slot,
         reopen=cfg.reopen,
+        controls=controls,
         backend=cfg.attention,
         precision=cfg.precision,
         clean_stream=clean_stream,
@@ -269,6 +276,13 @@ def summary(samples: Sequence[Sample], wall_s: float) -> dict[str, int | float |
         "blocks": blocks,
         "dropped": sum(s.dropped for s in samples),
         "forced_share": sum(s.forced_blocks for s in samples) / blocks,
+        "stalled_share": sum(s.stalled_blocks for s in samples) / blocks,
+        "oscillating_share": sum(s.oscillating_blocks for s in samples) / blocks,
+        "reopened_share": sum(s.reopened_blocks for s in samples) / blocks,
+        **{
+            f"{kind.lower()}s_per_token": sum(s.edits[kind] for s in samples) / tokens
+            for kind in samples[0].edits
+        },
         "finished_share": float(np.mean([s.finished for s in samples])),
         "tokens_per_s": tokens / wall_s,
     }

@@ -45,6 +45,8 @@ class BlockView:
     """New tokens that may still be delivered, this block's included."""
     mask_id: int
     document_id: int
+    forbidden: IntArray
+    """Tokens that may not be written."""
     uids: IntArray
     """[n] names of the slots."""
     ids: IntArray
@@ -65,7 +67,7 @@ class BlockView:
     top_probs: FloatArray
     """[n, k] their probabilities; NaN likewise."""
     commit_step: IntArray
-    """[n] step at which a slot was locked; -1 where it was not."""
+    """[n] step at which a slot was locked; -1 where it was not, or when the block opened."""
     commit_confidence: FloatArray
     """[n] confidence its token was written with; NaN in a mask."""
     edit: EditView | None = None
@@ -100,6 +102,8 @@ class EditView:
     """[n] steps since a slot was last written or inserted."""
     room: int
     """Masks that may still be inserted."""
+    insertable: NDArray[np.bool_]
+    """[n+1] gaps where they may: not behind a locked document token, nor between locked slots."""
     uniforms: FloatArray
     """[n+1, 3] random numbers in [0, 1) of each slot and gap, for a timed strategy; else [0, 3]."""
 

@@ -52,7 +52,9 @@ def teach(
     states = teacher.hidden(streams.ids, streams.positions, attend, rows=reads.readout)
     tokens, probs = [], []
     for part in states.split(max(1, CHUNK // teacher.mask_id)):
-        best = torch.softmax(teacher.logits(part).float(), dim=-1).topk(min(top, teacher.mask_id))
+        logits = teacher.logits(part)
+        wide = torch.promote_types(logits.dtype, torch.float32)
+        best = logits.softmax(dim=-1, dtype=wide).topk(min(top, teacher.mask_id))
         tokens.append(best.indices)
         probs.append(best.values / best.values.sum(dim=-1, keepdim=True))
     return Guide(torch.cat(tokens), torch.cat(probs))

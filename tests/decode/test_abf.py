@@ -46,11 +46,13 @@ def view(ids: list[int], *, best: list[float], **edit: Any) -> BlockView:
         "spent": zeros.astype(bool),
         "stable": zeros.astype(int),
         "room": 9,
+        "insertable": np.ones(n + 1, dtype=bool),
         "uniforms": np.zeros((0, 3)),
     }
     settings |= {k: np.array(v) if isinstance(v, list) else v for k, v in edit.items()}
     return BlockView(
         request=0, block=0, step=3, steps_left=9, tokens_left=50, mask_id=MASK, document_id=0,
+        forbidden=np.zeros(0, int),
         uids=100 + np.arange(n), ids=np.array(ids), is_mask=is_mask, token=10 + np.arange(n),
         confidence=np.array(best), entropy=zeros, margin=zeros,
         top_ids=np.stack([10 + np.arange(n), 20 + np.arange(n)], axis=1), top_probs=top_probs,
@@ -110,8 +112,8 @@ def test_missing_tokens_of_a_group_add_up() -> None:
     assert block.edit is not None
     full = dataclasses.replace(block, edit=dataclasses.replace(block.edit, room=0))
     assert decided(full) == filled
-    over = view([7, 0], best=[0.1, 0.1], missing=[0.0, 0.0, 3.0], locked=[False, True])
-    assert decided(over) == {"complete": False}, "the text is over behind a locked document token"
+    closed = view([7, 8], best=[0.1, 0.1], missing=[0, 0, 3.0], insertable=[True, True, False])
+    assert decided(closed) == {"complete": False}
 
 
 def test_completion_needs_no_pending_edit_and_the_models_word() -> None:
@@ -279,7 +281,8 @@ class PlainLoop:
                 for group in groups:
                     total = float(missing[group].sum())
                     best = max(group, key=lambda g: float(missing[g]))
-                    if total >= cfg.insert and best != dead:
+                    held = 0 < best < n and slots[best - 1]["locked"] and slots[best]["locked"]
+                    if total >= cfg.insert and best != dead and not held:
                         inserts[best] = min(cfg.max_insert, max(1, int(total + 0.5)))
             wanted = bool(gone or written or inserts)
             for gap in sorted(inserts):

@@ -117,6 +117,12 @@ def test_a_step_of_nothing_fills_the_surest_mask(driver: Driver) -> None:
     assert driver.ids.count(V) == 1
 
 
+def test_nothing_is_inserted_between_two_locked_slots(driver: Driver) -> None:
+    act(driver, lock=[1, 2])
+    act(driver, insert={2: 1, 1: 1, 3: 1})
+    assert driver.ids == [1, V, 2, 3, V, 4]
+
+
 def test_a_fixed_point_is_closed_as_stalled(driver: Driver) -> None:
     act(driver, complete=False)
     assert driver.state.block is None
@@ -414,6 +420,7 @@ LOCKED = [*FILLED, *(("COMMIT", {"uid": u, "new": 9}) for u in (1, 2, 3))]
             [*FILLED, "step", *(("INSERT", {"uid": u, "left": u - 3}) for u in (4, 5))],
             "behind uid 2, where it may not",
         ),
+        ([*LOCKED, "step", ("INSERT", {"uid": 4, "left": 1})], "behind uid 1, where it may not"),
         ([*OPENED, "step", ("COMMIT", {"uid": 2, "new": V})], "commits"),
         ([*FILLED, "step", ("COMPLETE", {"length": 3})], "not committed"),
         ([*LOCKED, "step", ("REOPEN", {"length": 3})], "not just closed"),

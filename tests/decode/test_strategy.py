@@ -27,6 +27,7 @@ def view(confidence: list[float | None]) -> BlockView:
         tokens_left=50,
         mask_id=999,
         document_id=0,
+        forbidden=np.zeros(0, int),
         uids=100 + np.arange(n),
         ids=np.where(is_mask, 999, 7),
         is_mask=is_mask,

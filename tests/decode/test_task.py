@@ -107,6 +107,29 @@ def test_the_header_says_what_ran(corpus: Corpus, tmp_path: Path) -> None:
     assert header["seed"] == "3"
     assert header["dtype"] == "fp32"
     assert '"kind": "ar"' in header["decoder"]
+    assert header["forbidden"] == header["keep"] == "[]"
+
+
+def test_controls_reach_the_text_and_the_header(corpus: Corpus, tmp_path: Path) -> None:
+    decoder = DecoderConfig(
+        strategy=ThresholdStrategy(threshold=0.2),
+        extent=FixedExtent(length=5),
+        precision="fp32",
+        forbidden=(7, 8),
+        keep=(" the",),
+    )
+    counts = decoded(corpus, tmp_path, decoder)
+    header, _, _ = read_trace(tmp_path / "trace.arrows")
+    samples = read_table(tmp_path / "samples.parquet", SAMPLES).to_pylist()
+    assert header["forbidden"] == "[7, 8]"
+    for sample in samples:
+        assert not {7, 8} & set(sample["token_ids"])
+        if len(sample["block_length"]) > 1:
+            assert " the" in sample["text"]
+    tokens = sum(len(s["token_ids"]) for s in samples)
+    assert float(counts["fills_per_token"]) > 0.5
+    assert counts["substitutes_per_token"] == 0.0
+    assert counts["tokens"] == tokens
 
 
 def test_too_few_documents(corpus: Corpus, tmp_path: Path) -> None:

@@ -29,6 +29,13 @@ from tests.train.tiny_run import new_model, tiny_config, tiny_train, write_rows
 
 AR: dict[str, Any] = {"objective": {"kind": "ar"}}
 PATH: dict[str, Any] = {"objective": {"kind": "block", "corruption": {"kind": "path"}}}
+DRAFTS: dict[str, Any] = {
+    "objective": {
+        "kind": "block",
+        "corruption": {"kind": "path", "drafts": {"share": 0.5, "own": 0.5, "own_steps": 2}},
+        "loss": {"edit_weight": 1.0, "complete_weight": 1.0},
+    }
+}
 FULL: dict[str, Any] = {"parallel": {"sharding": "full"}}
 HYBRID: dict[str, Any] = {"parallel": {"sharding": "hybrid"}}
 SETTINGS: list[dict[str, Any]] = [
@@ -43,6 +50,8 @@ SETTINGS: list[dict[str, Any]] = [
     FULL | {"batch_rows": 4, "micro_rows": 2, "checkpoint_activations": True},
     HYBRID | {"checkpoint_activations": True},
     HYBRID | PATH,
+    DRAFTS,
+    FULL | DRAFTS,
 ]
 
 

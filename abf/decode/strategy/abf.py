@@ -97,10 +97,10 @@ class Abf:
         self, view: BlockView, edit: EditView
     ) -> tuple[NDArray[np.bool_], NDArray[np.integer]]:
         """Slots to write anew, and the likeliest token of each that it does not hold, [n]."""
-        second = (view.top_ids[:, 0] == view.ids).astype(np.intp)
-        row = np.arange(len(view.ids))
-        tokens, probs = view.top_ids[row, second], view.top_probs[row, second]
-        free = ~view.is_mask & ~edit.locked & ~edit.spent
+        other = (view.top_ids != view.ids[:, None]) & ~np.isin(view.top_ids, view.forbidden)
+        row, best = np.arange(len(view.ids)), other.argmax(axis=1)
+        tokens, probs = view.top_ids[row, best], view.top_probs[row, best]
+        free = ~view.is_mask & ~edit.locked & ~edit.spent & other.any(axis=1)
         if "substitute" not in self.cfg.operations:
             free = np.zeros_like(free)
         return free & (edit.revise * probs >= self.cfg.substitute), tokens
@@ -113,9 +113,7 @@ class Abf:
         group = np.concatenate([[0], np.cumsum(~view.is_mask)])
         order = np.lexsort((-edit.missing, group))
         best = order[np.flatnonzero(np.diff(group[order], prepend=-1))]
-        best = best[missing[best] >= self.cfg.insert]
-        if len(view.ids) and edit.locked[-1] and view.ids[-1] == view.document_id:
-            best = best[best < len(view.ids)]
+        best = best[edit.insertable[best] & (missing[best] >= self.cfg.insert)]
         counts = np.clip(np.floor(missing[best] + 0.5), 1, self.cfg.max_insert).astype(np.intp)
         return Gaps(edit.gap_uids[best], counts)
 
