@@ -12,6 +12,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from abf.data.tokenizer import Encoded
 from abf.decode.config import DecoderConfig
 from abf.errors import ConfigError
 
@@ -22,9 +23,7 @@ class Encoder(Protocol):
     @property
     def vocab_size(self) -> int: ...
 
-    def encode_batch(
-        self, texts: Sequence[str]
-    ) -> list[tuple[NDArray[np.uint32], NDArray[np.uint32]]]: ...
+    def spans(self, texts: Sequence[str]) -> Sequence[Encoded]: ...
 
 
 @dataclass(frozen=True)
@@ -66,7 +65,7 @@ def controls(
             holds a forbidden token, or the kept words do not fit in a block.
     """
     forbidden = tuple(_token(entry, tokenizer) for entry in cfg.forbidden)
-    keep = tuple(tuple(int(i) for i in ids) for ids, _ in tokenizer.encode_batch(cfg.keep))
+    keep = tuple(tuple(each.ids.tolist()) for each in tokenizer.spans(cfg.keep))
     for word, ids in zip(cfg.keep, keep, strict=True):
         if banned := set(ids) & set(forbidden):
             raise ConfigError(f"keep: {word!r} holds token {min(banned)}, which is forbidden")
@@ -82,7 +81,7 @@ def controls(
 
 def _token(entry: int | str, tokenizer: Encoder) -> int:
     if isinstance(entry, str):
-        ids = tokenizer.encode_batch([entry])[0][0].tolist()
+        ids = tokenizer.spans([entry])[0].ids.tolist()
         if len(ids) != 1:
             raise ConfigError(f"forbidden: {entry!r} is {len(ids)} tokens ({ids}), not one")
         return int(ids[0])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -29,9 +29,12 @@ class ContinuationTask(ConfigModel):
     """Held-out documents used, spread evenly over those that are long enough."""
     prompt_tokens: int = Field(default=32, ge=1)
     """Tokens of the document shown."""
-    prompt_lines: ClassVar[None] = None
     new_tokens: int = Field(default=64, ge=1)
     """Tokens to generate."""
+
+    @property
+    def prompt_lines(self) -> None:
+        """Prompts are cut by tokens."""
 
 
 class ListsTask(ConfigModel):
@@ -40,10 +43,17 @@ class ListsTask(ConfigModel):
     kind: Literal["lists"] = "lists"
     prompts: int = Field(default=200, ge=1)
     """Held-out documents used, spread evenly over the split."""
-    prompt_tokens: ClassVar[None] = None
-    prompt_lines: ClassVar[int] = 2
     new_tokens: int = Field(default=32, ge=1)
     """Tokens to generate at most; an answer ends with its document."""
+
+    @property
+    def prompt_tokens(self) -> None:
+        """Prompts are cut by lines."""
+
+    @property
+    def prompt_lines(self) -> int:
+        """The list, and what is to be done to it."""
+        return 2
 
 
 class ScoringConfig(ConfigModel):

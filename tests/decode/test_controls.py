@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 
 from abf.base import build
 from abf.config import validate
+from abf.data.tokenizer import Encoded
 from abf.decode.config import (
     AbfStrategy,
     DecoderConfig,
@@ -36,10 +38,10 @@ class Letters:
 
     vocab_size = 97
 
-    def encode_batch(self, texts: Any) -> list[tuple[Any, Any]]:
+    def spans(self, texts: Sequence[str]) -> list[Encoded]:
         """Letter codes less 32."""
         ids = [np.array([ord(c) - 32 for c in text], dtype=np.uint32) for text in texts]
-        return [(i, i) for i in ids]
+        return [Encoded(i, i, i, len(i)) for i in ids]
 
 
 def config(**changes: Any) -> DecoderConfig:
