@@ -90,6 +90,14 @@ plan names, and their kept copies. Never: what is at work, what a plan names and
 the records of attempts and jobs. To give a study up, delete its plan/STUDY.json here and in the
 copies."""
 
+AUDIT = """\
+Hold the event log of a decode to its rules, and to the model.
+
+Replays the log exactly and checks every invariant and hash; the first bad event is named (exit code
+of a bad artifact). With --model, steps spread over the log are forwarded anew from the log alone
+and the largest difference to what was logged is printed. A log whose tail was cut is no fault: what
+there is of it is checked, and it is called incomplete. --html writes one generation as a page,
+block by block and step by step."""
 
 ACCEPT = """\
 go on from a checkpoint although this key of its configuration has changed since (the refusal names
@@ -153,6 +161,20 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("name", help="folder below profiles/")
     sub.add_argument("--profiles", type=Path, default=Path("profiles"), help="folder of profiles")
     sub.add_argument("--config-home", type=Path, required=True, help="usually ~/.config")
+    sub = command(
+        "audit",
+        AUDIT,
+        "abf audit results/decode/KEY/trace.arrows",
+        "abf audit results/decode/KEY/trace.arrows --model results/train/KEY/model",
+        "abf audit trace.arrows --html page.html --request 3 --tokenizer "
+        "results/tokenizer/KEY/tokenizer",
+    )
+    sub.add_argument("log", type=Path, help="trace.arrows of a decode")
+    sub.add_argument("--model", type=Path, metavar="DIR", help="the model that decoded")
+    sub.add_argument("--steps", type=int, default=32, help="steps forwarded anew (default: 32)")
+    sub.add_argument("--html", type=Path, metavar="OUT", help="write a page of one generation")
+    sub.add_argument("--request", type=int, default=0, help="its number (default: 0)")
+    sub.add_argument("--tokenizer", type=Path, metavar="DIR", help="show text instead of ids")
     sub = command(
         "drive",
         DRIVE,
@@ -260,6 +282,13 @@ def _run(arguments: argparse.Namespace) -> int:
         print(link_profile(arguments.name, arguments.profiles, arguments.config_home))
     elif command == "drive":
         return _drive(arguments)
+    elif command == "audit":
+        from abf.audit import show_audit
+
+        show_audit(
+            arguments.log, arguments.model, arguments.steps,
+            html=arguments.html, request=arguments.request, tokenizer=arguments.tokenizer,
+        )  # fmt: skip
     elif command == "budget":
         from abf.budget import show_budget
 

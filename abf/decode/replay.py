@@ -9,6 +9,7 @@ hash chain over events *and* folded states agrees with the log.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -209,13 +210,20 @@ def replay(path: Path) -> dict[int, list[int]]:
     return {request: state.token_ids for request, state in folded.items()}
 
 
-def fold(table: pa.Table, *, mask_id: int, where: str) -> dict[int, Folded]:
+def fold(
+    table: pa.Table,
+    *,
+    mask_id: int,
+    where: str,
+    look: Callable[[int, Folded], None] | None = None,
+) -> dict[int, Folded]:
     """Final state of every request in a table of events.
 
     Args:
         table: EVENTS rows, each request's in order.
         mask_id: id of MASK.
         where: name of the log, for errors.
+        look: is shown each group's first row and its request's state before it.
 
     Raises:
         ArtifactError: names the first event that cannot be or whose hash does not fit.
@@ -225,7 +233,7 @@ def fold(table: pa.Table, *, mask_id: int, where: str) -> dict[int, Folded]:
     data, size = events.tobytes(), RECORD.itemsize
     names = ("request", "seq", "type", "uid", "left_uid", "old_id", "new_id", "length")
     columns = (events[name].tolist() for name in names)
-    starts = _group_starts(events)
+    starts = group_starts(events).tolist()
     requests: dict[int, Folded] = {}
     chains: dict[int, tuple[int, bytes]] = {}
     rows = zip(starts, hashes, *columns, strict=True)
@@ -243,6 +251,8 @@ def fold(table: pa.Table, *, mask_id: int, where: str) -> dict[int, Folded]:
                 raise RuleError("does not fit the hash chain: it, or the state, was altered")
             if first:
                 state.begin()
+                if look is not None:
+                    look(row, state)
             state.apply(kind, uid, left, old, new, length)
         except RuleError as error:
             block, step = int(events["block"][row]), int(events["step"][row])
@@ -254,7 +264,7 @@ def fold(table: pa.Table, *, mask_id: int, where: str) -> dict[int, Folded]:
     return requests
 
 
-def _group_starts(events: NDArray[Any]) -> list[bool]:
+def group_starts(events: NDArray[Any]) -> NDArray[np.bool_]:
     """Whether an event begins a (block, step, phase) of its request, [m]."""
     order = np.argsort(events["request"], kind="stable")
     key = np.stack(
@@ -264,4 +274,4 @@ def _group_starts(events: NDArray[Any]) -> list[bool]:
     first[1:] = (key[1:] != key[:-1]).any(axis=1)
     starts = np.empty_like(first)
     starts[order] = first
-    return starts.tolist()
+    return starts
