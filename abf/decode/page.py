@@ -10,6 +10,9 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.compute as pc
+
 from abf.decode.events import CLOSING, CODE
 from abf.decode.replay import Folded
 from abf.decode.trace import read_trace
@@ -39,17 +42,9 @@ def page(path: Path, request: int, strings: Callable[[list[int]], list[str]]) ->
         ConfigError: the log has no such request.
     """
     header, table, complete = read_trace(path)
-    columns = table.drop_columns(["alt_ids", "alt_probs", "state_hash", "wall_s"])
-    events = [e for e in columns.to_pylist() if e["request"] == request]
-    if not events:
-        known = sorted(set(table["request"].to_pylist()))
-        raise ConfigError(f"{path} has no request {request}; it has {_few(known)}")
-    text = _Text(int(header["mask_id"]), strings)
+    text = Shown(int(header["mask_id"]), strings)
     state = Folded(text.mask_id)
-    parts: list[str] = []
-    groups = _groups(events)
-    for group in groups:
-        parts += _group(group, state, text)
+    blocks = history(table, request, state, text, where=str(path))
     prompt = text.plain(state.prompt_ids)
     note = "" if complete else "<p><strong>The log is incomplete.</strong></p>"
     key = " ".join(f'<span class="{name}">{name}</span>' for name in KEY)
@@ -57,12 +52,33 @@ def page(path: Path, request: int, strings: Callable[[list[int]], list[str]]) ->
         f'<!doctype html><html lang="en"><meta charset="utf-8"><title>Request {request}</title>'
         f"<style>{STYLE}</style><h1>Request {request}</h1>{note}"
         f"<p><small>{escape(str(path))}</small></p><p>{key}</p>"
-        f"<h2>Prompt</h2><p><span>{prompt}</span></p>{''.join(parts)}"
+        f"<h2>Prompt</h2><p><span>{prompt}</span></p>{blocks}"
         f"<h2>Text</h2><p><span>{text.plain(state.token_ids)}</span></p></html>\n"
     )
 
 
-class _Text:
+def history(table: pa.Table, request: int, state: Folded, text: Shown, *, where: str) -> str:
+    """Every block and step of one request, as HTML.
+
+    Args:
+        table: EVENTS rows whose replay was checked.
+        request: its number.
+        state: as before the request; its events are folded in.
+        text: of tokens.
+        where: name of the log for messages.
+
+    Raises:
+        ConfigError: the log has no such request.
+    """
+    columns = table.drop_columns(["alt_ids", "alt_probs", "state_hash", "wall_s"])
+    events = columns.filter(pc.field("request") == request).to_pylist()
+    if not events:
+        known = sorted(set(table["request"].to_pylist()))
+        raise ConfigError(f"{where} has no request {request}; it has {_few(known)}")
+    return "".join(part for group in _groups(events) for part in _group(group, state, text))
+
+
+class Shown:
     """Ids to escaped text."""
 
     def __init__(self, mask_id: int, strings: Callable[[list[int]], list[str]]) -> None:
@@ -91,7 +107,7 @@ def _groups(events: list[dict[str, Any]]) -> Iterable[list[dict[str, Any]]]:
     yield group
 
 
-def _group(group: list[dict[str, Any]], state: Folded, text: _Text) -> list[str]:
+def _group(group: list[dict[str, Any]], state: Folded, text: Shown) -> list[str]:
     """Rows of the page, and the events folded into the state."""
     first = group[0]
     uids, ids = list(state.uids), dict(zip(state.uids, state.ids, strict=True))
@@ -138,7 +154,7 @@ def _group(group: list[dict[str, Any]], state: Folded, text: _Text) -> list[str]
     return [f"<tr><td>step {first['step']}</td><td>{shown}</td><td>{'<br>'.join(said)}</td></tr>"]
 
 
-def _operation(event: dict[str, Any], text: _Text) -> str:
+def _operation(event: dict[str, Any], text: Shown) -> str:
     """An operation in words, with its numbers."""
     numbers = [f"p {event['prob']:.3f}"] if event["prob"] == event["prob"] else []
     if event["gate"] == event["gate"]:

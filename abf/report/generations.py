@@ -5,15 +5,19 @@ A step's time on the page is the number of forward passes the request has taken 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from abf.artifacts import SAMPLES, read_table
 from abf.data.tokenizer import TextTokenizer
 from abf.decode.events import CLOSING
+from abf.decode.page import Shown, history
+from abf.decode.replay import Folded
 from abf.decode.trace import read_trace
 from abf.errors import ArtifactError
 
@@ -58,6 +62,10 @@ class Generation:
     nfe: int
     finished: bool
     """The model ended the document itself."""
+    edits: int = 0
+    """Tokens that were replaced or deleted, and masks inserted in a block that was open."""
+    history: str = ""
+    """Every step as HTML, where there were edits."""
 
     @property
     def tokens(self) -> int:
@@ -121,14 +129,18 @@ class _Fold:
 
 
 def read_generations(directory: Path, count: int, tokenizer: TextTokenizer) -> list[Generation]:
-    """The first `count` requests of a decode stage directory.
+    """The first `count` requests of a decode stage directory; where blocks were edited, the one
+    with most edits comes before them.
 
     Raises:
         ArtifactError: log and samples disagree about the text; names the request.
     """
     samples = read_table(directory / "samples.parquet", SAMPLES).to_pylist()
-    samples = sorted(samples, key=lambda sample: sample["request"])[:count]
-    _, events, _ = read_trace(directory / "trace.arrows")
+    header, events, _ = read_trace(directory / "trace.arrows")
+    edits = edits_of(events)
+    samples = sorted(samples, key=lambda sample: sample["request"])
+    most = sorted(samples, key=lambda sample: -edits[sample["request"]])[: 1 if edits else 0]
+    samples = most + [sample for sample in samples[:count] if sample not in most]
     folds = fold_blocks(events, [sample["request"] for sample in samples])
     found = []
     for sample in samples:
@@ -157,9 +169,27 @@ def read_generations(directory: Path, count: int, tokenizer: TextTokenizer) -> l
                 ],
                 nfe=sample["nfe"],
                 finished=sample["finished"],
+                edits=edits[sample["request"]],
+                history=history(
+                    events,
+                    sample["request"],
+                    Folded(int(header["mask_id"])),
+                    Shown(int(header["mask_id"]), tokenizer.token_strings),
+                    where=str(directory),
+                )
+                if edits[sample["request"]]
+                else "",
             )
         )
     return found
+
+
+def edits_of(events: pa.Table) -> Counter[int]:
+    """Edits of each request that has any, from rows of the EVENTS schema."""
+    kind = pc.field("type")
+    inserted = (kind == "INSERT") & (pc.field("step") >= 0)
+    chosen = events.filter(inserted | kind.isin(["SUBSTITUTE", "DELETE"]))
+    return Counter(chosen["request"].to_pylist())
 
 
 def fold_blocks(events: pa.Table, requests: Sequence[int]) -> dict[int, _Fold]:
