@@ -24,6 +24,7 @@ from torch import Tensor
 from abf.base import build
 from abf.decode import request
 from abf.decode.config import FixedExtent, SamplerConfig
+from abf.decode.edits import Edits
 from abf.decode.engine import Engine
 from abf.decode.replay import replay
 from abf.decode.request import Prompt, RequestState
@@ -187,6 +188,7 @@ def logging_seconds() -> Iterator[list[float]]:
 
     with (
         patch.object(request, "blank", timed(request.blank)),
+        patch.object(Edits, "events", timed(Edits.events)),
         patch.object(RequestState, "_log", timed(RequestState._log)),
         patch.object(TraceWriter, "flush", timed(TraceWriter.flush)),
     ):

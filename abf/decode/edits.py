@@ -152,44 +152,58 @@ class Edits:
             left_uid: what lies before the first slot.
             first_uid: of the inserted masks.
         """
-        uids, ids = slots["uid"], slots["id"].copy()
-        groups = []
-        if len(self.delete):
-            groups.append(blank(len(self.delete), "DELETE", threshold=self._bar("DELETE")))
-            groups[-1]["uid"], groups[-1]["old_id"] = uids[self.delete], ids[self.delete]
-            groups[-1]["gate"] = self.delete_gate
-        if len(self.write):
-            groups.append(self._writes(uids, ids, mask_id))
-        if inserted := int(self.counts.sum()):
-            groups.append(blank(inserted, "INSERT", new_id=mask_id, threshold=self._bar("INSERT")))
-            new = self._uids(first_uid)
-            before = np.concatenate([[left_uid], uids])[self.gaps]
-            starts = np.cumsum(self.counts) - self.counts
-            left = new - 1
-            left[starts] = before
-            gate = np.broadcast_to(self.insert_gate, len(self.gaps)).repeat(self.counts)
-            order = new.argsort()
-            groups[-1]["uid"], groups[-1]["left_uid"] = new[order], left[order]
-            groups[-1]["gate"] = gate[order]
-        if len(self.lock):
-            ids[self.write] = self.tokens
-            prob = slots["confidence"].copy()
-            prob[self.write] = self.prob
-            groups.append(blank(len(self.lock), "COMMIT", uid=uids[self.lock]))
-            groups[-1]["new_id"], groups[-1]["prob"] = ids[self.lock], prob[self.lock]
-        return np.concatenate(groups) if groups else blank(0, "FILL")
+        uids, ids = slots["uid"], slots["id"]
+        inserted = int(self.counts.sum()) if len(self.gaps) else 0
+        counts = (len(self.delete), len(self.write), inserted, len(self.lock))
+        # One allocation, and nothing for what is not done: every step of every request is here.
+        events = blank(sum(counts), "COMMIT")
+        d, w, i = counts[0], counts[0] + counts[1], counts[0] + counts[1] + counts[2]
+        if self.lock.size:
+            part = events[i:]
+            part["uid"], part["new_id"] = uids[self.lock], ids[self.lock]
+            part["prob"] = slots["confidence"][self.lock]
+        if self.write.size:
+            self._tell_writes(events[d:w], uids, ids, mask_id)
+            if np.array_equal(self.write, self.lock):  # nearly every step of mask strategies
+                events["new_id"][i:], events["prob"][i:] = self.tokens, self.prob
+            elif self.lock.size:
+                written = np.searchsorted(self.write, self.lock).clip(max=len(self.write) - 1)
+                now = self.write[written] == self.lock
+                part = events[i:]
+                part["new_id"][now] = self.tokens[written[now]]
+                part["prob"][now] = events["prob"][d:w][written[now]]
+        if self.delete.size:
+            part = events[:d]
+            part["type"], part["threshold"] = CODE["DELETE"], self._bar("DELETE")
+            part["uid"], part["old_id"] = uids[self.delete], ids[self.delete]
+            part["gate"] = self.delete_gate
+        if inserted:
+            self._tell_insertions(events[w:i], np.concatenate([[left_uid], uids]), first_uid)
+            events["new_id"][w:i] = mask_id
+        return events
 
-    def _writes(self, uids: NDArray[Any], ids: NDArray[Any], mask_id: int) -> NDArray[Any]:
+    def _tell_writes(
+        self, events: NDArray[Any], uids: NDArray[Any], ids: NDArray[Any], mask_id: int
+    ) -> None:
         k, old = self.alt_ids.shape[1], ids[self.write]
-        events = blank(len(self.write), "FILL", uid=uids[self.write], old_id=old)
-        events["new_id"], events["prob"], events["entropy"] = self.tokens, self.prob, self.entropy
-        events["gate"], events["threshold"] = self.write_gate, self._bar("FILL")
+        events["type"], events["threshold"] = CODE["FILL"], self._bar("FILL")
+        events["uid"], events["old_id"], events["new_id"] = uids[self.write], old, self.tokens
+        events["prob"], events["entropy"] = self.prob, self.entropy
+        events["gate"] = self.write_gate
         events["alt_ids"][:, :k], events["alt_probs"][:, :k] = self.alt_ids, self.alt_probs
         change = old != mask_id
         if change.any():
             events["type"][change] = CODE["SUBSTITUTE"]
             events["threshold"][change] = self._bar("SUBSTITUTE")
-        return events
+
+    def _tell_insertions(self, events: NDArray[Any], before: NDArray[Any], first: int) -> None:
+        new = self._uids(first)
+        left = new - 1
+        left[np.cumsum(self.counts) - self.counts] = before[self.gaps]
+        gate = np.broadcast_to(self.insert_gate, len(self.gaps)).repeat(self.counts)
+        order = new.argsort()
+        events["type"], events["threshold"] = CODE["INSERT"], self._bar("INSERT")
+        events["uid"], events["left_uid"], events["gate"] = new[order], left[order], gate[order]
 
     def _bar(self, kind: str) -> float:
         return self.bars.get(kind, np.nan)

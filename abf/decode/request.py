@@ -129,9 +129,12 @@ class RequestState:
         block = ActiveBlock(
             number=self.blocks, slots=slots, live=length, mask_id=self.mask_id, opened=length
         )
-        edits = Edits() if keep is None else Edits(write=keep[0], tokens=keep[1], lock=keep[0])
         self.next_uid += length
-        self._edit(block, edits, events, -1)
+        if keep is None:
+            self._log(events, -1)
+        else:
+            edits = Edits(write=keep[0], tokens=keep[1], lock=keep[0])
+            self._edit(block, edits, events, -1)
         self.block = block
 
     def apply(self, edits: Edits) -> None:
