@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from abf.artifacts import SAMPLES, packed_schema, write_table
 from abf.data.tokenizer import load_tokenizer
 from abf.decode.trace import read_trace
 from abf.errors import ArtifactError
-from abf.report import text
+from abf.report import generations, text
 from abf.report.bases import base_names, base_scores
 from abf.report.blocks import block_lengths, read_block_lengths
 from abf.report.costs import SHARED, costs, side_by_side, total
@@ -238,6 +239,24 @@ def test_a_slot_inserted_in_the_middle_is_read_in_text_order():
     ((slots, opened, _, forced),) = fold_blocks(table, [0])[0].closed
     assert [slot.new_id for slot in slots] == [15, 17, 16]
     assert (opened, forced) == (3, False)
+
+
+def test_edits_are_counted_and_the_most_edited_is_told_step_by_step(
+    plan: ReportPlan, monkeypatch: pytest.MonkeyPatch
+):
+    kinds = [("INSERT", -1), ("INSERT", 2), ("SUBSTITUTE", 1), ("FILL", 1), ("DELETE", 3)]
+    rows = [{"request": 4, "type": kind, "step": step} for kind, step in kinds]
+    rows.append({"request": 5, "type": "INSERT", "step": -1})
+    assert generations.edits_of(pa.Table.from_pylist(rows)) == {4: 3}
+
+    monkeypatch.setattr(generations, "edits_of", lambda events: Counter({1: 3}))
+    directory = plan.cells[0].decodes["continuation.threshold-0.6"]
+    most, first = read_generations(directory, 1, load_tokenizer(plan.tokenizer))
+    assert (most.edits, first.edits, first.history) == (3, 0, "")
+    steps = sum(block.steps for block in most.blocks)
+    assert most.history.count("<td>step ") == steps
+    assert most.history.count("<h2>Block ") == len(most.blocks)
+    assert "<script" not in most.history  # the text of request 1 is hostile
 
 
 def test_log_and_samples_that_disagree_are_named(plan: ReportPlan, tmp_path: Path):
