@@ -16,7 +16,7 @@ from tests.slurm.jobs import jobs_of
 from tests.slurm.micro import LONG, Study, copied, prepare
 from tests.slurm.owner import Owner, remove_orphans
 from tests.slurm.reliability import Report
-from tests.slurm.training import curve
+from tests.slurm.training import curve, job_id
 
 NO_SLURM = "no Slurm in a box"
 
@@ -69,12 +69,15 @@ def books(box: Box, monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[dict]
     def agree(*directories: Path) -> list[dict]:
         results = directories[0].parents[1]
         folder = results.parent
-        wait_for(
-            "the end of every job in the accounting",
-            lambda: all(row["End"] != "Unknown" for row in jobs_of(box, folder)),
-            seconds=60,
-            every=0.5,
-        )
+        mine = {job for directory in directories if (job := job_id(directory)) is not None}
+
+        def heard() -> bool:
+            """The accounting hears of a job, and of its end, some seconds late."""
+            rows = jobs_of(box, folder)
+            known = mine <= {row["JobIDRaw"] for row in rows}
+            return known and all(row["End"] != "Unknown" for row in rows)
+
+        wait_for("the end of every job in the accounting", heard, seconds=60, every=0.5)
         monkeypatch.chdir(folder)
         places = [directory.relative_to(results).as_posix() for directory in directories]
         told = jobs_of(box, folder)
