@@ -127,7 +127,7 @@ def test_record_without_a_field_is_named(tmp_path: Path):
 @pytest.mark.parametrize(
     ("line", "expected"),
     [
-        ("garbage", "is not JSON (Expecting value)"),
+        ("garbage", "is not JSON (expected value)"),
         ("\0\0\0", "is not JSON"),
         ("[1]", "holds a list, not a record"),
         ('{"state": "RUNNING"}', "lacks attempt, cores"),
