@@ -6,7 +6,6 @@ weights and the optimiser's state: nothing else is carried from one to the next.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import math
 import socket
@@ -17,24 +16,20 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
 
 from abf.artifacts import PIECES, read_table
 from abf.data.loader import PackedBatch, PackedRows, row_indices
-from abf.diffusion.config import LossConfig
 from abf.diffusion.corrupt.base import Corrupter, Noised, build_corruption
 from abf.diffusion.corrupt.path import PathNoised
-from abf.diffusion.guide import teach
-from abf.diffusion.loss import Term, combine, count_terms, loss_terms, term_weights
-from abf.diffusion.policy.own import write_own
+from abf.diffusion.loss import Term, count_terms, term_weights
 from abf.diffusion.policy.watch import COMPLETE_COUNTS, EDIT_COUNTS
 from abf.diffusion.regroup import regroup
 from abf.errors import ArtifactError, ConfigError, DivergenceError
 from abf.model.transformer import Transformer
 from abf.train.config import TrainConfig
+from abf.train.forward import Losses
 from abf.train.optim import Optimiser, learning_rate
 from abf.train.parallel import World
-from abf.train.recompute import recomputed
 from abf.train.shard import ShardedOptimiser, enter, shard
 
 WATCHED = {"edit": EDIT_COUNTS, "complete": COMPLETE_COUNTS}
@@ -96,7 +91,7 @@ class Trainer:
         self.watched = [name for term in self.weights for name in WATCHED.get(term, ())]
         self._corruptions: dict[float, Corrupter] = {}
         """By the end of their stage."""
-        self.losses = _Losses(model, cfg, self.loss)
+        self.losses = Losses(model, cfg, self.loss)
         sharding = cfg.parallel.sharding
         self.sharded = self.world.size > 1 and sharding != "none"
         if self.sharded and sharding != "none":
@@ -292,62 +287,6 @@ class Trainer:
         ]
         ranks = [rank for rank, (_, faults) in enumerate(found) if faults]
         return "".join(f" ({text})" for text in told), ranks
-
-
-class _Losses(nn.Module):
-    """The forward pass of a micro-batch as one module: the root that shards are gathered for."""
-
-    def __init__(self, model: Transformer, cfg: TrainConfig, loss: LossConfig | None) -> None:
-        super().__init__()
-        self.model, self.cfg, self.loss = model, cfg, loss
-        self.teacher: list[Transformer] = []
-        """The model as it was, once it teaches; in a list, so that it is no part of this module."""
-
-    def forward(
-        self,
-        batch: PackedBatch,
-        noised: Noised | PathNoised | None,
-        counts: dict[str, int],
-        only: tuple[str, ...] | None,
-        keys: tuple[int, NDArray[np.int64]],
-        taught: PackedBatch | None,
-    ) -> tuple[Tensor, dict[str, Term], Noised | PathNoised | None]:
-        """Loss to differentiate, its terms, and the rows they are of.
-
-        Args:
-            batch: clean rows.
-            noised: as the corruption leaves them; the model writes its own drafts here.
-            counts: global ones.
-            only: terms to compute; all by default.
-            keys: seed of the run, and [B] how often each row was seen before.
-            taught: the rows in the teacher's blocks, if there is a teacher.
-        """
-        cfg, model = self.cfg, self.model
-        if isinstance(noised, PathNoised) and self.loss is not None:
-            # A pass of its own: autocast would keep weights cast without a gradient.
-            with self._lower():
-                noised = write_own(
-                    model, batch, noised, loss=self.loss, backend=cfg.attention, seed=keys[0],
-                    epochs=keys[1],
-                )  # fmt: skip
-        guide = None
-        if taught is not None and isinstance(noised, Noised) and self.loss is not None:
-            with self._lower():
-                guide = teach(
-                    self.teacher[0], taught, noised, loss=self.loss, backend=cfg.attention,
-                    top=self.loss.distil_top,
-                )  # fmt: skip
-        again = recomputed(model) if cfg.checkpoint_activations else contextlib.nullcontext()
-        with self._lower(), again:
-            terms = loss_terms(
-                model, batch, noised=noised, loss=self.loss, backend=cfg.attention, only=only,
-                guide=guide,
-            )  # fmt: skip
-            loss = combine(terms, counts, term_weights(self.loss))
-        return loss, terms, noised
-
-    def _lower(self) -> torch.autocast:
-        return torch.autocast("cpu", torch.bfloat16, enabled=self.cfg.precision == "bf16")
 
 
 def _masked(noised: Noised | PathNoised, mask_id: int) -> int:

@@ -15,7 +15,7 @@ from typing import Any
 
 from abf.diffusion.loss import Term, loss_terms
 from abf.errors import AbfError
-from abf.train import step
+from abf.train import forward
 from tests.train.tiny_run import tiny_train
 
 
@@ -49,7 +49,7 @@ def main() -> int:
             found["length"].sum = found["length"].sum * float("nan")
         return found
 
-    step.loss_terms = terms
+    forward.loss_terms = terms
     try:
         tiny_train(Path(directory), json.loads(changes))
     except AbfError as error:

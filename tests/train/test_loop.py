@@ -15,7 +15,7 @@ from abf.data.loader import row_indices
 from abf.diffusion.loss import Term, loss_terms
 from abf.errors import ArtifactError, ConfigError, DivergenceError, Interrupted, ResumeError
 from abf.track.journal import metrics_table, read_journal
-from abf.train import checkpoint, loop, saver, step
+from abf.train import checkpoint, forward, loop, saver, step
 from abf.train.loop import TrainResult, train
 from tests.train.equality import assert_same_run, curve, events
 from tests.train.tiny_run import L, new_model, tiny_config, tiny_train, write_rows
@@ -273,7 +273,7 @@ def test_divergence_stops_before_the_update_and_names_the_batch(
 ) -> None:
     packed = write_rows(tmp_path)
     with monkeypatch.context() as patch:
-        patch.setattr(step, "loss_terms", poisoned(5))
+        patch.setattr(forward, "loss_terms", poisoned(5))
         with pytest.raises(DivergenceError) as caught:
             tiny_train(tmp_path)
     rows, _ = row_indices(4, batch_rows=4, n_rows=12, seed=0)
