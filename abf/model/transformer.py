@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from abf.diffusion.policy.gates import EDITS
 from abf.model.attention import Attend, RangeAttend
 from abf.model.config import AttentionBackend, ModelConfig
 from abf.model.rope import rope_frequencies, rope_stretch, rotate, rotation
@@ -112,13 +113,6 @@ class Layer(nn.Module):
             x, mixed = x.flatten(0, 1)[rows], mixed.flatten(0, 1)[rows]
         x = x + self.attention.o(mixed)
         return x + self.mlp(self.mlp_norm(x))
-
-
-EDITS = ("insert", "insert_until", "substitute", "revise", "delete", "missing", "complete")
-"""Outputs of the edit head, raw numbers read at a slot's own state: size and end of the insertion
-rate before the slot and rate of substitution (of the path: `abf.diffusion.path.bound`); log-odds of
-substitution and deletion, tokens missing before the slot, and, at the end of a block, log-odds that
-it is complete (of the policy)."""
 
 
 class Transformer(nn.Module):

@@ -12,6 +12,7 @@ import time
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import torch
@@ -99,8 +100,7 @@ def train(
             "packed": _fingerprint(packed),
         }
         trainer = Trainer(cfg, seed=seed, model=model, packed=packed, world=ranks)
-        run = _Run(trainer, record, run_dir, identity)
-        try:
+        with _Run(trainer, record, run_dir, identity) as run:
             run.resume(accept)
             while run.done < trainer.steps and not ranks.any(
                 stop.signal is not None or run.saver.failed
@@ -108,10 +108,6 @@ def train(
                 run.step()
             if run.done > run.saved:
                 run.save()
-        except Exception:
-            run.settle()  # what was on its way to the disk stands, whatever happened here
-            raise
-        run.settle()
         ranks.barrier()
         if ranks.any(stop.signal is not None):
             reason = stop.name or "a signal to another rank"
@@ -249,6 +245,20 @@ class _Run:
         """Wait for the checkpoint that is being written, if there is one, and record it."""
         self.saver.wait()
         self._record_saved()
+
+    def __enter__(self) -> _Run:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """What is on its way to the disk stands, whatever happened; but who asks a second time to
+        be let go (Ctrl-C) is not held up by the disk."""
+        if kind is None or issubclass(kind, Exception):
+            self.settle()
 
     def _record_saved(self) -> None:
         if (saved := self.saver.poll()) is not None:

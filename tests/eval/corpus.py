@@ -6,10 +6,12 @@ block. Every document ends with its closing token; some are longer than a row.
 
 from __future__ import annotations
 
+import json
 import sysconfig
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import torch
@@ -20,6 +22,8 @@ from abf.data.config import PackConfig, TrainedTokenizer
 from abf.data.pack import pack
 from abf.data.tokenize import tokenize
 from abf.data.tokenizer import make_tokenizer
+from abf.decode.config import DecoderConfig
+from abf.decode.task import PromptTask, decode_task
 from abf.model.config import ShapeConfig
 from abf.model.huggingface import save_hf
 from abf.model.store import new_model, save_model
@@ -41,6 +45,29 @@ class Corpus:
     """Folder of an ABF model with random weights."""
     base: Path
     """Folder of another, as a Hugging Face model."""
+
+
+def decode_stage(
+    corpus: Corpus, directory: Path, task: PromptTask, decoder: DecoderConfig, **counts: Any
+) -> Path:
+    """A finished decode directory; `counts` change what its manifest says."""
+    directory.mkdir(parents=True, exist_ok=True)
+    found = decode_task(
+        task,
+        decoder,
+        shift=True,
+        seed=0,
+        model_dir=corpus.model,
+        packed=corpus.packed,
+        tokenizer=corpus.tokenizer / "tokenizer",
+        out=directory,
+    )
+    manifest = {
+        "stage": "decode", "stage_version": 1, "config": None, "inputs": {}, "files": {},
+        "counts": found | counts, "started": 0.0, "seconds": 1.0,
+    }  # fmt: skip
+    (directory / "manifest.json").write_text(json.dumps(manifest))
+    return directory
 
 
 def texts() -> list[str]:

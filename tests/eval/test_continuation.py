@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +15,6 @@ import torch
 from abf.artifacts import SAMPLES, read_table, write_table
 from abf.decode.batch import MixedAttend
 from abf.decode.config import DecoderConfig, LengthHeadExtent, SamplerConfig, ThresholdStrategy
-from abf.decode.task import decode_task
 from abf.decode.trace import read_trace
 from abf.errors import ArtifactError
 from abf.eval.base import Measure, Ratio, Single
@@ -25,7 +23,7 @@ from abf.eval.continuation import Continuation, ngrams, text_bytes, unigram_entr
 from abf.eval.flops import active_parameters, passes_from_log
 from abf.model.store import load_model
 from abf.model.transformer import Transformer
-from tests.eval.corpus import Corpus
+from tests.eval.corpus import Corpus, decode_stage
 from tests.eval.test_likelihood import subject, value
 
 TASK = ContinuationTask(prompts=5, prompt_tokens=12, new_tokens=20)
@@ -38,31 +36,14 @@ DECODER = DecoderConfig(
 )
 
 
-def decode_stage(corpus: Corpus, directory: Path, **counts: Any) -> Path:
-    """A finished decode directory; `counts` change what its manifest says."""
-    directory.mkdir(parents=True, exist_ok=True)
-    found = decode_task(
-        TASK,
-        DECODER,
-        shift=True,
-        seed=0,
-        model_dir=corpus.model,
-        packed=corpus.packed,
-        tokenizer=corpus.tokenizer / "tokenizer",
-        out=directory,
-    )
-    manifest = {
-        "stage": "decode", "stage_version": 1, "config": None, "inputs": {}, "files": {},
-        "counts": found | counts, "started": 0.0, "seconds": 1.0,
-    }  # fmt: skip
-    (directory / "manifest.json").write_text(json.dumps(manifest))
-    return directory
+def made(corpus: Corpus, directory: Path, **counts: Any) -> Path:
+    return decode_stage(corpus, directory, TASK, DECODER, **counts)
 
 
 @pytest.fixture(scope="module")
 def decoded(corpus: Corpus, tmp_path_factory: pytest.TempPathFactory) -> Path:
     none = {"energy_source": "not measured: no RAPL package counter below /sys"}
-    return decode_stage(corpus, tmp_path_factory.mktemp("decode"), **none)
+    return made(corpus, tmp_path_factory.mktemp("decode"), **none)
 
 
 @pytest.fixture(scope="module")
@@ -126,7 +107,7 @@ def test_passes_rebuilt_from_the_log_are_those_that_ran(
         return ranges
 
     monkeypatch.setattr(MixedAttend, "ranges", counting)
-    decode_stage(corpus, tmp_path)
+    made(corpus, tmp_path)
     _, events, _ = read_trace(tmp_path / "trace.arrows")
     passes = passes_from_log(events)
     assert sum(p.pairs for p in passes.values()) == sum(pairs)
@@ -153,7 +134,7 @@ def test_joules(corpus: Corpus, tmp_path: Path, figures: dict[str, Measure]) -> 
     assert isinstance(none, Single)
     assert none.value is None
     assert none.note == "not measured: no RAPL package counter below /sys"
-    measured = decode_stage(corpus, tmp_path, joules=50.0, energy_source="rapl:package")
+    measured = made(corpus, tmp_path, joules=50.0, energy_source="rapl:package")
     found = {m.metric: m for m in Continuation(TASK).measure(subject(corpus), measured)}
     tokens = sum(len(s["token_ids"]) for s in samples(measured))
     assert value(found["joules_per_token"]) == pytest.approx(50 / tokens)
@@ -182,7 +163,7 @@ def test_every_part_belongs_to_a_prompt(decoded: Path, figures: dict[str, Measur
 
 
 def test_samples_that_are_not_the_logs_are_refused(corpus: Corpus, tmp_path: Path) -> None:
-    directory = decode_stage(corpus, tmp_path)
+    directory = made(corpus, tmp_path)
     rows = samples(directory)
     for change in ({"token_ids": [5, 6]}, {"text": "something else"}, {"nfe": 1}):
         changed = [rows[0], rows[1] | change, *rows[2:]]
@@ -193,7 +174,7 @@ def test_samples_that_are_not_the_logs_are_refused(corpus: Corpus, tmp_path: Pat
 
 
 def test_a_cut_log_is_refused(corpus: Corpus, tmp_path: Path) -> None:
-    directory = decode_stage(corpus, tmp_path)
+    directory = made(corpus, tmp_path)
     log = directory / "trace.arrows"
     log.write_bytes(log.read_bytes()[: log.stat().st_size // 2])
     with pytest.raises(ArtifactError, match=r"trace\.arrows is incomplete"):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import itertools
-import json
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,6 @@ from abf.data.config import ListsSource
 from abf.data.lists import answer_line, exercises
 from abf.data.tokenizer import load_tokenizer
 from abf.decode.config import ArStrategy, DecoderConfig
-from abf.decode.task import decode_task
 from abf.errors import ConfigError, DataError
 from abf.eval import lists
 from abf.eval.base import Measure, Ratio
@@ -25,7 +23,7 @@ from abf.eval.config import ListsTask
 from abf.eval.costs import Decoded
 from abf.eval.lists import Lists, edit_distance
 from abf.segment.config import LineSegmenter
-from tests.eval.corpus import Corpus, build_corpus
+from tests.eval.corpus import Corpus, build_corpus, decode_stage
 from tests.eval.test_likelihood import subject, value
 
 TASK = ListsTask(prompts=6, new_tokens=12)
@@ -105,23 +103,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
 
 
 def decoded(corpus: Corpus, directory: Path, task: ListsTask = TASK) -> Path:
-    directory.mkdir(parents=True, exist_ok=True)
-    counts = decode_task(
-        task,
-        DECODER,
-        shift=True,
-        seed=0,
-        model_dir=corpus.model,
-        packed=corpus.packed,
-        tokenizer=corpus.tokenizer / "tokenizer",
-        out=directory,
-    )
-    manifest = {
-        "stage": "decode", "stage_version": 1, "config": None, "inputs": {}, "files": {},
-        "counts": counts, "started": 0.0, "seconds": 1.0,
-    }  # fmt: skip
-    (directory / "manifest.json").write_text(json.dumps(manifest))
-    return directory
+    return decode_stage(corpus, directory, task, DECODER)
 
 
 def test_prompts_are_the_first_two_lines_of_documents_from_the_whole_split(

@@ -13,8 +13,8 @@ from abf.config import members
 from abf.eval.config import GENERATIVE_KINDS, LikelihoodTask, ScoringConfig, Task
 from abf.eval.score import score
 from abf.train.config import ArObjective, BlockObjective, Objective
-from tests.eval.corpus import Corpus
-from tests.eval.test_continuation import DECODER, TASK, decode_stage
+from tests.eval.corpus import Corpus, decode_stage
+from tests.eval.test_continuation import DECODER, TASK
 
 TASKS = {"heldout": LikelihoodTask(samples=2), "continue": TASK}
 
@@ -47,7 +47,7 @@ def scored(
 def decodes(corpus: Corpus, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("decodes")
     names = ("continue.threshold", "continue.again")
-    return {name: decode_stage(corpus, root / name) for name in names}
+    return {name: decode_stage(corpus, root / name, TASK, DECODER) for name in names}
 
 
 def test_every_figure_follows_from_its_parts(

@@ -105,44 +105,52 @@ class Path:
             own = own_steps(self.cfg.drafts, keys)
             finished = _finished(batch, row, start, clean, columns)
             cells = draft(finished, self.cfg.drafts, keys=keys, vocab=self.mask_id)
-            text, slots = self._either(drafted, cells, (text, slots), columns)
-            slots = np.where(drafted & (own > 0), opened(columns, keys), slots)
-            width = max(text.shape[1], int(slots.max(initial=1)))
-            text = np.pad(text, ((0, 0), (0, width - text.shape[1])), constant_values=self.mask_id)
-            text[drafted & (own > 0)] = self.mask_id
+            drafts = self._drafts(cells, columns, np.where(own > 0, opened(columns, keys), 0))
+            text, slots = _either(drafted, drafts, (text, slots), empty=self.mask_id)
         noisy_ids, block_start, first = lay_out(
             row, start, text, slots, rows=B, end_id=self.mask_id + 1
         )
         blocks = PathBlocks(
             row, start, columns, first, slots, clean, text, tau[row, start], weight, present
         )
-        drafts = self.cfg.drafts
-        share = 1.0 if drafts is None else drafts.share
-        most = drafts.own_steps if drafts is not None and drafts.own else 0
+        cfg = self.cfg.drafts
+        share = 1.0 if cfg is None else cfg.share
+        most = cfg.own_steps if cfg is not None and cfg.own else 0
         return PathNoised(
             noisy_ids, block_start, self.law, blocks.take(~drafted), blocks.take(drafted), share,
             own[drafted], most,
         )  # fmt: skip
 
-    def _either(
+    def _drafts(
         self,
-        drafted: NDArray[np.bool_],
         cells: tuple[NDArray[np.int64], NDArray[np.bool_]],
-        path: tuple[NDArray[np.int64], NDArray[np.int64]],
         columns: NDArray[np.int64],
+        masks: NDArray[np.int64],
     ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Text and slots of each block: its draft's or its path's."""
+        """Text and slots of drafts: of their cells, or so many masks [K] for the model to write."""
         assert self.cfg.drafts is not None
         text, slots = squeeze(*cells, empty=self.mask_id)
         if self.cfg.drafts.fixed_length:
             slots = columns  # MASK pads a text anyway
-        on_path, count = path
-        width = max(text.shape[1], on_path.shape[1], int(columns.max(initial=1)))
-        text, on_path = (
-            np.pad(t, ((0, 0), (0, width - t.shape[1])), constant_values=self.mask_id)
-            for t in (text, on_path)
-        )
-        return np.where(drafted[:, None], text, on_path), np.where(drafted, slots, count)
+        text[masks > 0] = self.mask_id
+        return text, np.where(masks > 0, masks, slots)
+
+
+def _either(
+    first: NDArray[np.bool_],
+    one: tuple[NDArray[np.int64], NDArray[np.int64]],
+    other: tuple[NDArray[np.int64], NDArray[np.int64]],
+    *,
+    empty: int,
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Text and slots of each block: the one's where `first`, else the other's."""
+    slots = np.where(first, one[1], other[1])
+    width = max(one[0].shape[1], other[0].shape[1], int(slots.max(initial=1)))
+    wide = [
+        np.pad(text, ((0, 0), (0, width - text.shape[1])), constant_values=empty)
+        for text, _ in (one, other)
+    ]
+    return np.where(first[:, None], *wide), slots
 
 
 def _finished(

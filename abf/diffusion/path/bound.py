@@ -59,6 +59,12 @@ def gap_groups(visible: Tensor) -> Tensor:
     return torch.nn.functional.pad(visible.long().cumsum(dim=1), (1, 0))
 
 
+def group_sums(values: Tensor, groups: Tensor, open_: Tensor) -> Tensor:
+    """[B, m+1] sum of each group over its gaps that exist (`open_`); zero behind the last group."""
+    kept = torch.where(open_, values, 0.0)
+    return kept.new_zeros(groups.shape).scatter_add_(1, groups, kept)
+
+
 def path_nats(
     rates: Rates,
     alignment: Alignment,
@@ -93,11 +99,7 @@ def path_nats(
     gaps = gap_groups(visible) if pooled else torch.arange(m + 1).expand(B, m + 1)
     open_ = torch.arange(m + 1)[None, :] <= slots[:, None]
 
-    def per_group(values: Tensor) -> Tensor:
-        kept = torch.where(open_, values, 0.0)
-        return kept.new_zeros(B, m + 1).scatter_add_(1, gaps, kept)
-
-    due, asked = per_group(alignment.absent), per_group(rates.insert)
+    due, asked = (group_sums(each, gaps, open_) for each in (alignment.absent, rates.insert))
     nats = torch.xlogy(due, due).sum(1) - _cost(due, asked).sum(1) - due.sum(1) + asked.sum(1)
 
     # Columns that finish as the same token lead to the same text: each token counts once.

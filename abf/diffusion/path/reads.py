@@ -17,6 +17,7 @@ from abf.diffusion.layout import BlockReads
 from abf.diffusion.path.align import Alignment, one_alignment, posterior
 from abf.diffusion.path.bound import Rates, insert_rate, path_nats, substitute_rate
 from abf.diffusion.path.law import PathLaw, Statuses
+from abf.diffusion.policy.gates import INSERT, SUBSTITUTE, UNTIL
 
 
 class Heads(Protocol):
@@ -68,8 +69,8 @@ def path_charges(
     each = Statuses(*(value[:, None] for value in vars(statuses).values()))
     room = (slots < longest)[:, None]
     rates = Rates(
-        insert=insert_rate(edits[..., 0], edits[..., 1], tau[:, None]) * room,
-        substitute=substitute_rate(edits[:, :-1, 2], law, each),
+        insert=insert_rate(edits[..., INSERT], edits[..., UNTIL], tau[:, None]) * room,
+        substitute=substitute_rate(edits[:, :-1, SUBSTITUTE], law, each),
         token=token,
         own=own,
         floor=floor,

@@ -14,8 +14,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-REVISE, DELETE, MISSING, COMPLETE = 3, 4, 5, 6
-"""Columns of `abf.model.transformer.EDITS`."""
+EDITS = ("insert", "insert_until", "substitute", "revise", "delete", "missing", "complete")
+"""Outputs of the edit head, raw numbers read at a slot's own state: size and end of the insertion
+rate before the slot and rate of substitution (of the path: `abf.diffusion.path.bound`); log-odds of
+substitution and deletion, tokens missing before the slot, and, at the end of a block, log-odds that
+it is complete (of the policy)."""
+INSERT, UNTIL, SUBSTITUTE, REVISE, DELETE, MISSING, COMPLETE = range(len(EDITS))
+"""Their columns."""
 
 
 @dataclass

@@ -24,7 +24,7 @@ from abf.diffusion.config import LossConfig
 from abf.diffusion.corrupt.base import Blocks, lay_out, squeeze
 from abf.diffusion.corrupt.path import PathNoised
 from abf.diffusion.layout import block_reads, two_stream
-from abf.diffusion.path.bound import gap_groups
+from abf.diffusion.path.bound import gap_groups, group_sums
 from abf.diffusion.policy.gates import read_gates
 from abf.diffusion.rng import uniform
 
@@ -124,9 +124,7 @@ def _step(
     visible = torch.from_numpy(exists & ~is_mask)
     groups = gap_groups(visible)
     gaps = torch.from_numpy(np.arange(m + 1) <= drafts.slots[:, None])
-    expected = gates.missing.new_zeros(K, m + 1).scatter_add_(
-        1, groups, torch.where(gaps, gates.missing, 0.0)
-    )
+    expected = group_sums(gates.missing, groups, gaps)
     last = np.concatenate([exists & ~is_mask, np.zeros((K, 1), dtype=bool)], axis=1)
     last[np.arange(K), drafts.slots] = True  # the gap before a visible token, or before the end
     wanted = np.where(last, np.rint(expected.gather(1, groups).float().numpy()), 0).astype(int)

@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from abf.diffusion.corrupt.base import Blocks
 from abf.diffusion.head import head_nll
 from abf.diffusion.layout import BlockReads
-from abf.diffusion.path.bound import gap_groups
+from abf.diffusion.path.bound import gap_groups, group_sums
 from abf.diffusion.path.reads import Heads
 from abf.diffusion.policy.align import align
 from abf.diffusion.policy.gates import COMPLETE, read_gates
@@ -74,22 +74,19 @@ def labels(blocks: Blocks, *, mask_id: int) -> DraftLabels:
     action[..., KEEP] = (exists & stands & ((text == clean) | is_mask)).double()
     action[..., REVISE] = (exists & stands & (text != clean) & ~is_mask).double()
     action[..., DELETE] = (exists & ~stands).double()
-    masks = _by_group(is_mask.double(), group)
-    surplus = _by_group(is_mask * action[..., DELETE], group)
-    share = (surplus / masks.clamp(min=1)).gather(1, group[:, :-1])
+    before = group[:, :-1]  # a mask stands in the group of the gap before it
+    masks, surplus = (
+        values.new_zeros(group.shape).scatter_add_(1, before, values)
+        for values in (is_mask.double(), is_mask * action[..., DELETE])
+    )
+    share = (surplus / masks.clamp(min=1)).gather(1, before)
     action[..., DELETE] = torch.where(is_mask, share, action[..., DELETE])
     action[..., KEEP] = torch.where(is_mask, 1 - share, action[..., KEEP])
 
     gaps = torch.arange(text.shape[1] + 1) <= slots[:, None]
-    grouped = torch.zeros(group.shape, dtype=torch.float64)
-    grouped.scatter_add_(1, group, torch.where(gaps, missing, 0).double())
+    grouped = group_sums(missing.double(), group, gaps)
     needs = action[..., 1:].sum(dim=(1, 2)) + grouped.sum(dim=1) + is_mask.sum(dim=1)
     return DraftLabels(text, exists, is_mask, action, target, group, grouped, needs == 0)
-
-
-def _by_group(values: Tensor, group: Tensor) -> Tensor:
-    """[K, m] values of slots summed by the group they stand in, [K, m+1]."""
-    return values.new_zeros(group.shape).scatter_add_(1, group[:, :-1], values)
 
 
 def edit_charges(
@@ -121,9 +118,7 @@ def edit_charges(
 
     due = found.missing
     gaps = torch.arange(due.shape[1]) <= found.exists.sum(dim=1, keepdim=True)
-    expected = gates.missing.new_zeros(due.shape).scatter_add_(
-        1, found.group, torch.where(gaps, gates.missing, 0.0)
-    )
+    expected = group_sums(gates.missing, found.group, gaps)
     some = due > 0
     log = torch.where(some, due * torch.log(torch.where(some, expected, 1.0)), 0.0)
     cost = cost + (torch.xlogy(due, due) - log - due + expected).sum(dim=1)
