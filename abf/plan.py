@@ -238,6 +238,7 @@ class Plan:
                 "run": planned.run,
                 # Caps and nodes may change at any time; what a cell computes stays what it is.
                 "config": planned.cell.config.model_dump(mode="json", exclude={"budget", "launch"}),
+                "bound": planned.cell.config.train.objective.bound,
                 "train": planned.train.place,
                 "decodes": {name: d.place for name, d in planned.decodes.items()},
                 "score": planned.score.place,

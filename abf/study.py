@@ -184,6 +184,7 @@ def _report_cell(cell: Mapping[str, Any], results: Path) -> ReportCell:
         pack=results / cell["packed"],
         base=results / cell["base"],
         decodes={name: results / place for name, place in cell["decodes"].items()},
+        bound=cell["bound"],
     )
 
 

@@ -20,7 +20,7 @@ Panels = dict[str, dict[str, dict[int, Curve]]]
 """Journal metric -> arm -> seed -> curve."""
 
 TITLES = {
-    "nelbo": "Block bound (noisy stream)",
+    "nelbo": "Block loss (noisy stream)",
     "ar": "AR loss (clean stream)",
     "length": "Block length",
 }

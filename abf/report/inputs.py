@@ -37,6 +37,8 @@ class ReportCell:
     """Stage directory of the base model; holds journal.jsonl if it was trained here."""
     decodes: Mapping[str, Path] = field(default_factory=dict)
     """Decoder name -> stage directory with samples.parquet and trace.arrows."""
+    bound: bool = True
+    """Whether its training loss of blocks is the bound, not another objective."""
 
 
 @dataclass(frozen=True)

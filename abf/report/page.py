@@ -110,6 +110,7 @@ def build_report(plan: ReportPlan, out: Path) -> dict[str, Any]:
         beside=side_by_side(ledger, "decode"),
         taught=taught,
         trained=training_of_cells(plan.cells),
+        no_bound=list(dict.fromkeys(cell.arm for cell in plan.cells if not cell.bound)),
         everything=[
             (e, text.estimate_text(e), text.cost_text(total(spent, e.arm)))
             for e in entered.values()

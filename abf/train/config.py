@@ -38,6 +38,11 @@ class ArObjective(ConfigModel):
 
     kind: Literal["ar"] = "ar"
 
+    @property
+    def bound(self) -> bool:
+        """Whether its loss of a text is a likelihood bound: there is no block loss to doubt."""
+        return True
+
 
 class Stage(ConfigModel):
     """A part of a run with settings of its own."""
@@ -74,6 +79,16 @@ class BlockObjective(ConfigModel):
         return Stage(until=1.0)
 
     @property
+    def corruptions(self) -> tuple[Corruption, ...]:
+        """What a step may train on: its own corruption, and those of its stages."""
+        return self.corruption, *(s.corruption for s in self.stages if s.corruption is not None)
+
+    @property
+    def bound(self) -> bool:
+        """Whether the block loss is an unbiased draw of the bound in every stage."""
+        return all(corruption.bound for corruption in self.corruptions)
+
+    @property
     def edits(self) -> bool:
         """Whether the model needs the heads that edit."""
         return self.corruption.kind == "path"
@@ -92,13 +107,12 @@ class BlockObjective(ConfigModel):
                 f"distil_from={self.distil_from}: a teacher speaks of masks in their places, not "
                 f"of a {self.corruption.kind}; use corruption.kind masked"
             )
-        all_ = [self.corruption, *(s.corruption for s in self.stages if s.corruption is not None)]
-        if len(kinds := {corruption.kind for corruption in all_}) > 1:
+        if len(kinds := {corruption.kind for corruption in self.corruptions}) > 1:
             raise ValueError(
                 f"stages mix corruptions ({', '.join(sorted(kinds))}): a path with late: 0 and "
                 "wrong: 0 is one of masks alone, and its model has the heads of later stages"
             )
-        drafts = any(c.kind == "path" and c.drafts is not None for c in all_)
+        drafts = any(c.kind == "path" and c.drafts is not None for c in self.corruptions)
         weights = {name: getattr(self.loss, name) for name in ("edit_weight", "complete_weight")}
         if drafts and not any(weights.values()):
             raise ValueError(

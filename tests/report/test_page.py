@@ -211,6 +211,16 @@ def test_cells_that_are_missing_are_named_and_cost(
     assert sorted(sums.findall(page)) == sorted(sums.findall(built[2]))
 
 
+def test_arms_that_train_on_no_bound_are_named(
+    plan: ReportPlan, built: tuple[Path, dict[str, Any], str], tmp_path: Path
+):
+    cells = [replace(cell, bound=cell.arm == "fixed") for cell in plan.cells]
+    build_report(replace(plan, cells=cells), tmp_path)
+    words = " ".join("".join(Page((tmp_path / "index.html").read_text()).words).split())
+    assert "The block loss of random, sentence has other weights than the bound" in words
+    assert "not a likelihood bound" not in built[2]
+
+
 def test_nothing_to_report_is_said(plan: ReportPlan, tmp_path: Path):
     with pytest.raises(ArtifactError, match="study tiny has no cell"):
         build_report(replace(plan, cells=[]), tmp_path)
