@@ -23,7 +23,7 @@ from abf.data.loader import spread
 from abf.decode.events import CLOSING, CODE, from_arrow
 from abf.decode.replay import Folded, fold, group_starts
 from abf.decode.trace import read_trace
-from abf.decode.view import pooled
+from abf.decode.view import net_missing
 from abf.diffusion.policy.gates import read_gates
 from abf.errors import ArtifactError
 from abf.files import sha256
@@ -241,7 +241,7 @@ class _Reader:
             return gate
         is_mask = np.array(shot.block[: shot.live]) == self.model.mask_id
         gates = read_gates(raw, torch.from_numpy(is_mask))
-        missing = pooled(gates.missing.numpy(), is_mask)
+        missing = net_missing(gates.missing.numpy(), gates.delete.exp().numpy(), is_mask)
         by_type = {
             CODE["FILL"]: gates.keep.exp().numpy(),
             CODE["SUBSTITUTE"]: gates.revise.exp().numpy(),

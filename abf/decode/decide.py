@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from abf.decode.edits import ActiveBlock, Edits
 from abf.decode.observe import summary
 from abf.decode.request import RequestState
-from abf.decode.view import Action, BlockView, IntArray, Strategy, Tokens, pooled
+from abf.decode.view import Action, BlockView, IntArray, Strategy, Tokens, net_missing
 
 SlotArray = NDArray[np.intp]
 
@@ -178,7 +178,8 @@ def _edits(
     if view.edit is not None:
         gates = np.where(view.is_mask, view.edit.keep, view.edit.revise)
         edits.write_gate, edits.delete_gate = gates[write], view.edit.delete[delete]
-        edits.insert_gate = pooled(view.edit.missing, view.is_mask)[gaps]
+        net = net_missing(view.edit.missing, view.edit.delete, view.is_mask)
+        edits.insert_gate = net[gaps]
     return edits
 
 

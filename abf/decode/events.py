@@ -23,7 +23,7 @@ from abf.errors import ArtifactError
 PHASES = {
     "PROMPT": 0,  # a context token: uid, left_uid, new_id
     "OPEN": 1,  # a block of `length` slots is opened, at step -1
-    "INSERT": 1,  # a mask behind left_uid: uid, new_id = MASK, gate = tokens missing there
+    "INSERT": 1,  # a mask behind left_uid: uid, new_id = MASK, gate = tokens missing there, net
     "FILL": 1,  # a mask becomes new_id: prob before temperature, entropy, alternatives, gate = keep
     "COMMIT": 1,  # a slot is locked
     "COMPLETE": 3,  # the block is closed; its first `length` slots are delivered; gate = complete

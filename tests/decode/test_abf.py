@@ -114,6 +114,39 @@ def test_missing_tokens_of_a_group_add_up() -> None:
     assert decided(closed) == {"complete": False}
 
 
+def test_masks_too_many_count_against_tokens_missing() -> None:
+    # Three masks of one group, 0.9 of them too many; 2.0, then 1.0 tokens missing beside them.
+    def group(missing: float, delete: list[float]) -> BlockView:
+        return view(
+            [7, MASK, MASK, MASK, 8],
+            best=[0.1, 0.95, 0.1, 0.1, 0.1],
+            missing=[0.0, 0.0, missing, 0.0, 0.0, 0.0],
+            delete=[0.0, *delete, 0.0],
+        )
+
+    filled = {"complete": False, "fill": {101: 11}}
+    assert decided(group(2.0, [0.3, 0.3, 0.3])) == filled | {"insert": {101: 1}}
+    assert decided(group(2.5, [0.3, 0.3, 0.3])) == filled | {"insert": {101: 2}}
+    assert decided(group(1.0, [0.3, 0.3, 0.3])) == filled
+    # Only what is too much, net, goes: the likeliest masks, each at its own bar.
+    assert decided(group(0.0, [0.6, 0.7, 0.5])) == {"complete": False, "delete": [101, 102]} | {
+        "fill": {103: 13}
+    }
+    assert decided(group(1.0, [0.6, 0.7, 0.5])) == filled | {"delete": [102]}
+    assert decided(group(1.4, [0.6, 0.7, 0.5])) == filled
+    assert decided(group(0.0, [0.6, 0.7, 0.5]), delete=0.65) == filled | {"delete": [102]}
+    # Below one in all, but the bar is reached.
+    assert decided(group(0.0, [0.0, 0.4, 0.0]), delete=0.3) == filled | {"delete": [102]}
+    assert decided(group(0.2, [0.0, 0.4, 0.0]), delete=0.3) == filled
+    # Another group's masks, and tokens too many, are nothing to it.
+    apart = view(
+        [MASK, 7, MASK], best=[0.1, 0.1, 0.95], missing=[0, 0, 1.0, 0], delete=[0.9, 0.9, 0.0]
+    )
+    assert decided(apart) == {
+        "complete": False, "fill": {102: 12}, "delete": [100, 101], "insert": {101: 1},
+    }  # fmt: skip
+
+
 def test_completion_needs_no_pending_edit_and_the_models_word() -> None:
     whole = view([7, 8], best=[0.1, 0.1], complete=0.6)
     assert decided(whole)["complete"] is True
@@ -250,7 +283,22 @@ class PlainLoop:
                 revise.append(odds[1] / sum(odds))
                 delete.append(odds[2] / sum(odds))
             free = [j for j in range(n) if not slots[j]["locked"]]
-            gone = {j for j in free if "delete" in ops and delete[j] >= cfg.delete}
+            groups: list[list[int]] = [
+                [0]
+            ]  # gaps; gap j + 1 belongs to the masks j that it follows
+            for j in range(n):
+                if ids[j] == V:
+                    groups[-1].append(j + 1)
+                else:
+                    groups.append([j + 1])
+            gone = {j for j in free if "delete" in ops and delete[j] >= cfg.delete and ids[j] != V}
+            net = []
+            for group in groups:
+                masks = [gap - 1 for gap in group[1:]]
+                net.append(float(missing[group].sum()) - sum(delete[j] for j in masks))
+                if "delete" in ops and n > 1 and -net[-1] >= cfg.delete:
+                    worst = sorted(masks, key=lambda j: -delete[j])[: max(1, int(0.5 - net[-1]))]
+                    gone |= {j for j in worst if delete[j] >= cfg.delete}
             if len(gone) == n:
                 gone.remove(min(gone, key=lambda j: delete[j]))
             written: dict[int, int] = {}
@@ -270,14 +318,7 @@ class PlainLoop:
             inserts: dict[int, int] = {}
             space = room - len(ids)
             if "insert" in ops and growing and space > 0:
-                groups: list[list[int]] = [[0]]
-                for j in range(n):
-                    if ids[j] == V:
-                        groups[-1].append(j + 1)
-                    else:
-                        groups.append([j + 1])
-                for group in groups:
-                    total = float(missing[group].sum())
+                for group, total in zip(groups, net, strict=True):
                     best = max(group, key=lambda g: float(missing[g]))
                     held = 0 < best < n and slots[best - 1]["locked"] and slots[best]["locked"]
                     if total >= cfg.insert and best != dead and not held:
@@ -348,7 +389,8 @@ def test_the_log_tells_the_gates(editor: Transformer, tmp_path: Path) -> None:
             assert event["gate"] == pytest.approx(1 - float(delete[slot]), abs=1e-5)
             assert event["prob"] == pytest.approx(float(probs[slot, event["new_id"]]), abs=1e-5)
         elif event["type"] == "INSERT":
-            assert event["gate"] == pytest.approx(float(missing.sum()), rel=1e-4)
+            net = float(missing.sum() - delete.sum())
+            assert event["gate"] == pytest.approx(net, rel=1e-4)
 
 
 @pytest.mark.parametrize("batch_size", [1, 3])

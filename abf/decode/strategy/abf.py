@@ -21,7 +21,7 @@ from abf.decode.view import (
     Gaps,
     RequestMeta,
     Tokens,
-    pooled,
+    net_missing,
 )
 
 
@@ -48,7 +48,7 @@ class Abf:
         """Every operation whose bar is reached; complete where none is and the model agrees."""
         edit = view.edit
         none = np.zeros(len(view.ids), dtype=bool)
-        delete = none if edit is None else self._delete(edit)
+        delete = none if edit is None else self._delete(view, edit)
         masks = view.is_mask & ~delete
         confidence = np.where(masks, view.confidence, -1.0)
         fill = masks & (confidence >= self.cfg.fill)
@@ -84,11 +84,17 @@ class Abf:
             return None
         return not view.is_mask.any() and view.edit.complete >= self.cfg.complete
 
-    def _delete(self, edit: EditView) -> NDArray[np.bool_]:
-        """Slots to take out, [n]; not all of them."""
+    def _delete(self, view: BlockView, edit: EditView) -> NDArray[np.bool_]:
+        """Slots to take out, [n]: of a group's masks the surplus at most; not all slots."""
         chosen = ~edit.locked & (edit.delete >= self.cfg.delete)
         if "delete" not in self.cfg.operations or len(chosen) < 2:
             return np.zeros(len(chosen), dtype=bool)
+        surplus = -net_missing(edit.missing, edit.delete, view.is_mask)[:-1]
+        counts = np.where(surplus >= self.cfg.delete, np.floor(surplus + 0.5).clip(min=1), 0)
+        group, masks = _groups(view)[:-1], np.flatnonzero(view.is_mask)
+        order = masks[np.lexsort((-edit.delete[masks], group[masks]))]
+        first = np.searchsorted(group[order], group[order])  # where the mask's group begins
+        chosen[order] &= np.arange(len(order)) - first < counts[order]
         if chosen.all():
             chosen[edit.delete.argmin()] = False
         return chosen
@@ -106,16 +112,21 @@ class Abf:
         return free & (edit.revise * probs >= self.cfg.substitute), tokens
 
     def _insert(self, view: BlockView, edit: EditView) -> Gaps:
-        """Masks where tokens are missing: in the gap of each group that misses most."""
+        """Masks where tokens are missing, net: in the gap of each group that misses most."""
         if "insert" not in self.cfg.operations or not edit.room:
             return Gaps()
-        missing = pooled(edit.missing, view.is_mask)
-        group = np.concatenate([[0], np.cumsum(~view.is_mask)])
+        net = net_missing(edit.missing, edit.delete, view.is_mask)
+        group = _groups(view)
         order = np.lexsort((-edit.missing, group))
         best = order[np.flatnonzero(np.diff(group[order], prepend=-1))]
-        best = best[edit.insertable[best] & (missing[best] >= self.cfg.insert)]
-        counts = np.clip(np.floor(missing[best] + 0.5), 1, self.cfg.max_insert).astype(np.intp)
+        best = best[edit.insertable[best] & (net[best] >= self.cfg.insert)]
+        counts = np.clip(np.floor(net[best] + 0.5), 1, self.cfg.max_insert).astype(np.intp)
         return Gaps(edit.gap_uids[best], counts)
+
+
+def _groups(view: BlockView) -> NDArray[np.intp]:
+    """[n+1] group of each gap, and of a mask in the gap before it: visible tokens on the left."""
+    return np.concatenate([[0], np.cumsum(~view.is_mask)])
 
 
 def build(cfg: AbfStrategy) -> Abf:
