@@ -120,6 +120,7 @@ class RunConfig(ConfigModel):
                     "trained on blocks, but train.objective.kind is 'ar': use strategy 'ar'"
                 )
             self._check_edits(name, decoder)
+            self._check_granularity(name, decoder)
             extent = decoder.extent
             if extent and extent.kind == "fixed" and extent.length > self.pack.max_block:
                 raise ValueError(
@@ -139,6 +140,14 @@ class RunConfig(ConfigModel):
                         f"tasks.{name}: prompt_tokens + new_tokens + 1 = {slots} is longer than "
                         f"pack.row_length={self.pack.row_length}, what the model was trained on"
                     )
+        objective = self.train.objective
+        if objective.kind == "block" and objective.granularities:
+            longest = objective.granularities[-1]
+            if longest > self.pack.max_block:
+                raise ValueError(
+                    f"train.objective.stages: granularity {longest} is longer than any block: "
+                    f"pack.max_block={self.pack.max_block}"
+                )
         self._check_ranks()
         if self.train.micro_rows and self.train.batch_rows % self.train.micro_rows:
             raise ValueError(
@@ -173,6 +182,17 @@ class RunConfig(ConfigModel):
                 f"decoders.{name}.strategy says late={strategy.late}, wrong={strategy.wrong}, but "
                 f"train.objective.corruption says late={corruption.late}, wrong="
                 f"{corruption.wrong}: the process is the one the model was trained on"
+            )
+
+    def _check_granularity(self, name: str, decoder: DecoderConfig) -> None:
+        """A decoder can tell the model only what its training tells it."""
+        objective = self.train.objective
+        known = objective.granularities if objective.kind == "block" else ()
+        if decoder.granularity is not None and decoder.granularity not in known:
+            given = f"that has {list(known)}" if known else "without granularities"
+            raise ValueError(
+                f"decoders.{name}.granularity={decoder.granularity} asks for what a training "
+                f"{given} does not teach: give it to a stage of train.objective.stages"
             )
 
     def _check_ranks(self) -> None:

@@ -33,6 +33,20 @@ class PackedBatch:
     """[B, L]; number of the piece in the split, -1 on padding."""
     row: IntArray
     """[B] numbers of the rows in the file."""
+    granularity: IntArray | None = None
+    """[B, L]; which of its granularities the model is told of the piece, -1 for none; None tells
+    nothing at all, as a file does."""
+
+    def take(self, index: slice | list[int]) -> PackedBatch:
+        """Some of the rows."""
+        told = self.granularity
+        return PackedBatch(
+            self.token_ids[index],
+            self.block_id[index],
+            self.document_id[index],
+            self.row[index],
+            None if told is None else told[index],
+        )
 
 
 class PackedRows:

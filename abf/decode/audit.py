@@ -198,8 +198,11 @@ class _Reader:
 
     def __init__(self, model: Transformer, header: Mapping[str, str]) -> None:
         self.model = model
-        extent = json.loads(header["decoder"])["extent"]
-        self.shift = header["shift"] == "true" or extent is None
+        decoder = json.loads(header["decoder"])
+        self.shift = header["shift"] == "true" or decoder["extent"] is None
+        granularity = decoder.get("granularity")
+        known = model.config.granularities
+        self.told = -1 if granularity is None else known.index(granularity)
         self.block_causal = header["clean_stream"] == "block_causal"
         self.bf16 = header["dtype"] == "bf16"
 
@@ -278,7 +281,10 @@ class _Reader:
         low = torch.autocast("cpu", dtype=torch.bfloat16) if self.bf16 else contextlib.nullcontext()
         with torch.inference_mode(), low:
             attend = model.attend(ranges, backend="reference")
-            states = model.hidden(ids, row[None], attend)[0]
+            told = None
+            if self.told >= 0 and not causal:
+                told = torch.where(row < before, -1, self.told)[None]
+            states = model.hidden(ids, row[None], attend, granularity=told)[0]
             start = before - (self.shift or causal)
             logits = model.logits(states[start : start + n]).float()
             raw = None

@@ -134,6 +134,9 @@ class DecoderConfig(ConfigModel):
     """Words that stand locked in the first block from its opening."""
     max_slots: int | None = Field(default=None, ge=1)
     """Most slots of a block, at its opening and later; none leaves that to the model."""
+    granularity: int | None = Field(default=None, ge=1)
+    """Mean block length in tokens that the model is told to write, one of those it was trained with
+    (train.objective.stages); none tells it nothing."""
     batch_size: int = Field(default=8, ge=1)
     """Requests decoded side by side."""
     max_steps_per_block: int = Field(default=256, ge=1)
@@ -157,6 +160,10 @@ class DecoderConfig(ConfigModel):
             raise ValueError("keep: an empty word")
         if self.keep and self.strategy.kind == "ar":
             raise ValueError("keep: strategy `ar` opens no block that could hold a word")
+        if self.granularity is not None and self.strategy.kind == "ar":
+            raise ValueError(
+                f"granularity={self.granularity}: strategy `ar` opens no block of any length"
+            )
         if (self.strategy.kind == "ar") != (self.extent is None):
             raise ValueError(
                 "strategy `ar` takes no extent; every other strategy needs one "

@@ -59,6 +59,7 @@ class Engine:
         reopen: a closed block is opened once more, with masks for the tokens below this, where its
             mean AR log-probability (nats) is below it.
         controls: what the text may not and must hold, and how long a block may be.
+        granularity: mean block length that the model is told, one that it knows; none is told.
         backend: attention back end.
         precision: `fp32` or `bf16`.
         clean_stream: `context_causal`, a closed block is written causally; `block_causal`, its rows
@@ -78,6 +79,7 @@ class Engine:
         edits_per_slot: int = 4,
         reopen: float | None = None,
         controls: Controls = NO_CONTROLS,
+        granularity: int | None = None,
         backend: AttentionBackend = "reference",
         precision: str = "fp32",
         clean_stream: Literal["context_causal", "block_causal"] = "context_causal",
@@ -91,6 +93,8 @@ class Engine:
         self.model, self.strategy, self.extent, self.sampler = model, strategy, extent, sampler
         self.shift, self.seed, self.reopen = shift, seed, reopen
         self.controls = controls
+        known = model.config.granularities
+        self.told = None if granularity is None else known.index(granularity)
         longest = min(model.max_block, controls.max_slots or model.max_block)
         self.limits = Limits(max_steps, longest, edits_per_slot, controls.forbidden)
         self.backend: AttentionBackend = backend
@@ -174,7 +178,11 @@ class Engine:
         probs: Sequence[NDArray[np.float64] | None] = [None] * len(opening)
         least = 0 if self.strategy.timed else 1
         if self.extent.needs_lengths:
-            logits = self.model.length_logits(batch.last_state[opening])[:, least:].double()
+            before = batch.last_state[opening]
+            told = None
+            if self.told is not None:
+                told = torch.full((len(opening),), self.told, device=self.device)
+            logits = self.model.length_logits(before, told)[:, least:].double()
             probs = list(torch.softmax(logits, dim=-1).cpu().numpy())
         for row, length_probs in zip(opening, probs, strict=True):
             state = batch.requests[row]
@@ -226,7 +234,12 @@ class Engine:
             batch.cache, query_lengths=lengths, causal=causal, backend=self.backend
         )
         positions = batch.cache.lengths[:, None] + torch.arange(ids.shape[1], device=self.device)
-        states = self.model.hidden(ids, positions, attend, rows=self._tensor(plan.read))
+        told = None
+        if self.told is not None:
+            told = torch.full_like(ids, self.told)
+            told[plan.closing] = -1  # the clean stream is told nothing
+        read = self._tensor(plan.read)
+        states = self.model.hidden(ids, positions, attend, rows=read, granularity=told)
         logits = torch.cat((self.model.logits(states).float(), batch.last_logits))
         written = self._close(batch, plan, states, logits) if plan.closing else 0
         if plan.open:

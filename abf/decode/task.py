@@ -152,7 +152,8 @@ def decode(
     whatever `shift` says.
 
     Raises:
-        ConfigError: the strategy needs edit heads and the model has none.
+        ConfigError: the strategy needs edit heads and the model has none, or the granularity is not
+            one that the model was trained with.
     """
     strategy = build(cfg.strategy, room="abf.decode.strategy")
     if strategy.needs_edits and not model.config.edit_heads:
@@ -160,6 +161,13 @@ def decode(
             f"strategy {cfg.strategy.kind!r} reads the heads of insertion, substitution, deletion "
             "and completion, and this model has none: decode a model trained with "
             "train.objective.corruption.kind `path`, or use another strategy"
+        )
+    known = model.config.granularities
+    if cfg.granularity is not None and cfg.granularity not in known:
+        raise ConfigError(
+            f"granularity={cfg.granularity}: the training of this model told it "
+            f"{f'of {list(known)} alone' if known else 'of no granularity'}, so it would not heed "
+            "that; ask for what it knows, or for none"
         )
     engine = Engine(
         model,
@@ -172,6 +180,7 @@ def decode(
         edits_per_slot=cfg.edits_per_slot,
         reopen=cfg.reopen,
         controls=controls,
+        granularity=cfg.granularity,
         backend=cfg.attention,
         precision=cfg.precision,
         clean_stream=clean_stream,

@@ -160,6 +160,21 @@ Corruption = Annotated[MaskedCorruption | PathCorruption, Field(discriminator="k
 """Corruptions by `kind`."""
 
 
+class GranularityConfig(ConfigModel):
+    """Blocks of several mean lengths: each document draws one, its blocks are joined at random to
+    be about so long, and the model is told which it is."""
+
+    lengths: tuple[Annotated[int, Field(ge=1)], ...] = Field(min_length=1)
+    """Mean lengths in tokens; blocks that are longer than that stay as they are."""
+    told: float = Field(default=0.9, gt=0, le=1)
+    """Share of documents whose granularity the model is told; the others keep it able to do
+    without, which is how the bound is reported."""
+
+    def model_post_init(self, context: object) -> None:
+        if list(self.lengths) != sorted(set(self.lengths)):
+            raise ValueError(f"lengths must grow, not {list(self.lengths)}")
+
+
 class LossConfig(ConfigModel):
     """Weights of the loss terms; each term has its own global count."""
 

@@ -49,7 +49,9 @@ def teach(
     streams = two_stream(batch, own, clean_stream=loss.clean_stream)
     reads = mask_reads(batch, own, shift=loss.shift)
     attend = teacher.attend(streams.ranges, backend=backend)
-    states = teacher.hidden(streams.ids, streams.positions, attend, rows=reads.readout)
+    states = teacher.hidden(
+        streams.ids, streams.positions, attend, rows=reads.readout, granularity=streams.granularity
+    )
     tokens, probs = [], []
     for part in states.split(max(1, CHUNK // teacher.mask_id)):
         logits = teacher.logits(part)

@@ -78,6 +78,9 @@ class TwoStream:
     """[B, M+L, 4] key ranges of each row."""
     noisy: int
     """M."""
+    granularity: Tensor | None
+    """[B, M+L] int64, as in `PackedBatch`: of the noisy slots; clean ones are told nothing, so that
+    they stay the AR model's."""
 
 
 def two_stream(batch: PackedBatch, noised: NoisyStream, *, clean_stream: CleanStream) -> TwoStream:
@@ -97,7 +100,16 @@ def two_stream(batch: PackedBatch, noised: NoisyStream, *, clean_stream: CleanSt
             block_start=torch.from_numpy(start),
         ),
         noisy=M,
+        granularity=_noisy_granularity(batch, start),
     )
+
+
+def _noisy_granularity(batch: PackedBatch, start: NDArray[np.int64]) -> Tensor | None:
+    if batch.granularity is None:
+        return None
+    of_block = np.take_along_axis(batch.granularity, np.maximum(start, 0), axis=1)
+    nothing = np.full_like(batch.granularity, -1)
+    return torch.from_numpy(np.concatenate([np.where(start >= 0, of_block, -1), nothing], axis=1))
 
 
 def mask_reads(batch: PackedBatch, noised: Noised, *, shift: bool) -> Reads:

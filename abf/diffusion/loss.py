@@ -52,7 +52,13 @@ class Backbone(Protocol):
     """What a loss needs of the model (`abf.model.transformer.Transformer`)."""
 
     def hidden(
-        self, ids: Tensor, positions: Tensor, attend: Any, *, rows: Tensor | None = None
+        self,
+        ids: Tensor,
+        positions: Tensor,
+        attend: Any,
+        *,
+        rows: Tensor | None = None,
+        granularity: Tensor | None = None,
     ) -> Tensor: ...
 
     @property
@@ -64,7 +70,7 @@ class Backbone(Protocol):
     @property
     def max_block(self) -> int: ...
 
-    def length_logits(self, hidden: Tensor) -> Tensor: ...
+    def length_logits(self, hidden: Tensor, granularity: Tensor | None = None) -> Tensor: ...
 
     def edits(self, hidden: Tensor) -> Tensor: ...
 
@@ -223,9 +229,12 @@ def block_charges(
     def length() -> _Reading:
         reads = length_reads(batch, noisy=noisy)
         law = noised.law if isinstance(noised, PathNoised) else PathLaw(0, 0, model.mask_id)
+        told = None
+        if batch.granularity is not None:
+            told = torch.from_numpy(batch.granularity).flatten()[reads.slot]
 
         def charge(states: Tensor) -> Charges:
-            logits = model.length_logits(states)
+            logits = model.length_logits(states, told)
             wide = torch.promote_types(logits.dtype, torch.float32)
             nats = law.length_nats(logits.log_softmax(dim=1, dtype=wide), reads.target)
             return Charges(nats.sum(), nats.detach(), reads.slot)
@@ -281,7 +290,9 @@ def block_charges(
         torch.cat([reading.rows for reading in readings.values()]), return_inverse=True
     )
     attend = model.attend(streams.ranges, backend=backend)
-    states = model.hidden(streams.ids, streams.positions, attend, rows=rows)
+    states = model.hidden(
+        streams.ids, streams.positions, attend, rows=rows, granularity=streams.granularity
+    )
     parts = where.split([len(reading.rows) for reading in readings.values()])
     return {
         name: reading.charge(states[at])

@@ -7,6 +7,10 @@ step are whole again at the next cap: adjacent pieces merge, as in BARD (arXiv 2
 NBDiff (arXiv 2512.06776), and at semantic boundaries here. Random joining lets one model meet
 several granularities. Nothing crosses a document, and its opening token stays apart.
 
+A granularity T is a mean block length that is drawn for a document whatever its text, so that
+telling it gives nothing of the text away. Blocks of mean length m are then joined to the one before
+with probability 1 - m/T, which makes runs of T/m blocks on average.
+
 Letters: B batch rows, L row length.
 """
 
@@ -18,11 +22,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from abf.data.loader import PackedBatch
+from abf.diffusion.config import GranularityConfig
 from abf.diffusion.layout import positions, run_starts
 from abf.diffusion.rng import uniform
 
-_JOIN = 32
-"""Substream of random numbers."""
+_JOIN, _LENGTH, _TOLD = 32, 33, 34
+"""Substreams of random numbers: which blocks join, which granularity, who is told."""
 
 
 def regroup(
@@ -33,6 +38,8 @@ def regroup(
     longest: int,
     seed: int,
     epochs: NDArray[np.int64],
+    granularity: GranularityConfig | None = None,
+    known: tuple[int, ...] = (),
 ) -> PackedBatch:
     """The same tokens in other blocks.
 
@@ -44,8 +51,12 @@ def regroup(
         longest: see `join`.
         seed: of the run.
         epochs: [B] how often each row has been seen before.
+        granularity: draws the probability of joining document by document, instead of `join`.
+        known: granularities of the model, ascending; `lengths` are among them.
     """
-    if cap is None and not join:
+    if batch.granularity is not None:
+        batch = dataclasses.replace(batch, granularity=None)
+    if cap is None and not join and granularity is None:
         return batch
     L = batch.block_id.shape[1]
     begins = run_starts(batch.block_id)
@@ -54,10 +65,45 @@ def regroup(
     first = inside == 0
     if cap is not None:
         first |= inside % cap == 0
-    if join:
-        first &= ~_joined(batch, first, place, join=join, longest=longest, seed=seed, epochs=epochs)
+    told, joins = None, np.float64(join)
+    if granularity is not None:
+        length, told = _drawn(batch, granularity, known, seed=seed, epochs=epochs)
+        joins = 1 - _mean_length(batch, first, place) / length
+    if granularity is not None or join:
+        keys = (seed, epochs)
+        first &= ~_joined(batch, first, place, joins=joins, longest=longest, keys=keys)
     block_id = np.where(batch.document_id >= 0, first.cumsum(axis=1) - 1, -1)
-    return dataclasses.replace(batch, block_id=block_id)
+    return dataclasses.replace(batch, block_id=block_id, granularity=told)
+
+
+def _drawn(
+    batch: PackedBatch,
+    cfg: GranularityConfig,
+    known: tuple[int, ...],
+    *,
+    seed: int,
+    epochs: NDArray[np.int64],
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """[B, L] granularity of each slot's document, and its number in `known` or -1: not told."""
+    assert set(cfg.lengths) <= set(known), (cfg.lengths, known)
+    epoch = np.asarray(epochs, dtype=np.int64)[:, None]
+    choice, told = (uniform(seed, stream, epoch, batch.document_id) for stream in (_LENGTH, _TOLD))
+    length = np.array(cfg.lengths)[(choice * len(cfg.lengths)).astype(np.int64)]
+    number = np.searchsorted(np.array(known), length)
+    return length, np.where((told < cfg.told) & (batch.document_id >= 0), number, -1)
+
+
+def _mean_length(
+    batch: PackedBatch, first: NDArray[np.bool_], place: NDArray[np.int64]
+) -> NDArray[np.float64]:
+    """[B, L] mean length of the blocks of each slot's piece, its opening token left out."""
+    L = first.shape[1]
+    piece = run_starts(batch.document_id) + L * np.arange(len(first))[:, None]
+    tokens, blocks = (
+        np.bincount(piece.ravel(), counted.ravel(), minlength=first.size)[piece]
+        for counted in (place > 0, first & (place > 0))
+    )
+    return tokens / np.maximum(blocks, 1)
 
 
 def _joined(
@@ -65,15 +111,20 @@ def _joined(
     first: NDArray[np.bool_],
     place: NDArray[np.int64],
     *,
-    join: float,
+    joins: NDArray[np.float64] | np.float64,
     longest: int,
-    seed: int,
-    epochs: NDArray[np.int64],
+    keys: tuple[int, NDArray[np.int64]],
 ) -> NDArray[np.bool_]:
-    """[B, L] first slots of blocks that become part of the block before them."""
+    """[B, L] first slots of blocks that become part of the block before them.
+
+    Args:
+        joins: probability, of every slot or of each [B, L].
+        keys: seed and epochs.
+    """
     L = first.shape[1]
+    seed, epochs = keys
     epoch = np.broadcast_to(np.asarray(epochs, dtype=np.int64)[:, None], first.shape)
-    asked = uniform(seed, _JOIN, epoch, batch.document_id, place) < join
+    asked = uniform(seed, _JOIN, epoch, batch.document_id, place) < joins
     # The first block of a document has its opening token before it.
     asked &= first & (place > 1)
     found = np.zeros_like(first)

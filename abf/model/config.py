@@ -93,6 +93,8 @@ class ModelConfig(ConfigModel):
     """S, longest block; the size of the length head."""
     edit_heads: bool = False
     """Has the end-of-block input and the heads of insertion, substitution, deletion, completion."""
+    granularities: tuple[int, ...] = ()
+    """Mean block lengths, in tokens, of which it can be told one; ascending."""
     document_id: int = Field(default=0, ge=0)
     """Token id that opens and closes a document."""
 

@@ -90,11 +90,33 @@ def with_edit_heads(model: Transformer) -> Transformer:
     """The same model with heads that edit, at their start; itself where it has them."""
     if model.config.edit_heads:
         return model
-    config = model.config.model_copy(update={"edit_heads": True})
+    grown = _grown(model, edit_heads=True)
+    grown.reset_edit_heads()
+    return grown
+
+
+def with_granularities(model: Transformer, lengths: tuple[int, ...]) -> Transformer:
+    """The same model, able to be told these granularities; itself where it is or where there is
+    none. Whatever it is told makes no difference yet.
+
+    Args:
+        model: one that knows no other granularities.
+        lengths: mean block lengths in tokens, ascending.
+    """
+    if not lengths or model.config.granularities == lengths:
+        return model
+    assert not model.config.granularities, "a model learns its granularities in one training"
+    grown = _grown(model, granularities=lengths)
+    grown.reset_granularities()
+    return grown
+
+
+def _grown(model: Transformer, **changes: object) -> Transformer:
+    """A model of a changed configuration with this one's weights; what is new is not set."""
+    config = model.config.model_copy(update=changes)
     grown = empty_model(config).to_empty(device=model.head_weight.device)
     grown.load_state_dict(model.state_dict(), strict=False)
     grown.rope = rope_frequencies(config).to(model.head_weight.device)
-    grown.reset_edit_heads()
     return grown
 
 

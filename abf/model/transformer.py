@@ -121,6 +121,9 @@ class Transformer(nn.Module):
     The MASK id is V, the end of a block V+1 (with `edit_heads`): inputs with embeddings of their
     own, never outputs. The length head starts at zero (every length equally likely), so do the edit
     heads but for constants, so that a converted model is its source.
+
+    With `granularities` it can be told one: a vector added to its inputs, and one to the states
+    that the length head reads, both zero at first. What is told nothing has neither.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -146,6 +149,9 @@ class Transformer(nn.Module):
         if config.edit_heads:
             self.end_embedding = nn.Parameter(torch.zeros(config.d_model))
             self.edit_head = nn.Linear(config.d_model, len(EDITS))
+        if count := len(config.granularities):
+            self.granularity_input = nn.Parameter(torch.zeros(count, config.d_model))
+            self.granularity_length = nn.Parameter(torch.zeros(count, config.d_model))
         self.rope: Tensor
         self.register_buffer("rope", rope_frequencies(config), persistent=False)
 
@@ -179,7 +185,7 @@ class Transformer(nn.Module):
         residual = std / math.sqrt(2 * self.config.layers)
         with torch.no_grad():
             for name, parameter in self.named_parameters():
-                if name.startswith("length_head") or name.endswith(".bias"):
+                if name.startswith(("length_head", "granularity_")) or name.endswith(".bias"):
                     parameter.zero_()
                 elif parameter.dim() == 1:
                     parameter.fill_(1.0)
@@ -207,6 +213,12 @@ class Transformer(nn.Module):
             self.edit_head.weight.zero_()
             self.edit_head.bias.copy_(torch.tensor([start.get(name, 0.0) for name in EDITS]))
 
+    def reset_granularities(self) -> None:
+        """Make no difference whatever the model is told."""
+        with torch.no_grad():
+            self.granularity_input.zero_()
+            self.granularity_length.zero_()
+
     def embed(self, ids: Tensor) -> Tensor:
         """[B, M] ids in 0..V+1 (V is MASK, V+1 the end of a block) -> [B, M, d]."""
         tokens = self.embedding(ids.masked_fill(ids >= self.mask_id, 0))
@@ -216,7 +228,13 @@ class Transformer(nn.Module):
         return torch.where((ids == self.end_id).unsqueeze(-1), self.end_embedding, found)
 
     def hidden(
-        self, ids: Tensor, positions: Tensor, attend: Attend, *, rows: Tensor | None = None
+        self,
+        ids: Tensor,
+        positions: Tensor,
+        attend: Attend,
+        *,
+        rows: Tensor | None = None,
+        granularity: Tensor | None = None,
     ) -> Tensor:
         """States after the final norm.
 
@@ -226,11 +244,14 @@ class Transformer(nn.Module):
             attend: who sees whom.
             rows: [R] int64 flat indices into B*M; other rows only give keys and values in the last
                 layer, their MLP there and the final norm are not computed.
+            granularity: [B, M] int64, number of the granularity a row is told, -1 for none.
 
         Returns:
             [B, M, d], or [R, d] when `rows` is given.
         """
         x = self.embed(ids)
+        if granularity is not None:
+            x = x + _rows_or_zero(self.granularity_input, granularity)
         if self.position_embedding is not None:
             # Only padding lies beyond the table: the engine and the training step refuse real rows.
             x = x + self.position_embedding(positions.clamp(max=self.config.max_positions - 1))
@@ -244,8 +265,16 @@ class Transformer(nn.Module):
         """[..., d] -> [..., V]."""
         return F.linear(hidden, self.head_weight)
 
-    def length_logits(self, hidden: Tensor) -> Tensor:
-        """[..., d] -> [..., S+1]; entry j is a next block that is opened with j slots."""
+    def length_logits(self, hidden: Tensor, granularity: Tensor | None = None) -> Tensor:
+        """[..., d] -> [..., S+1]; entry j is a next block that is opened with j slots.
+
+        Args:
+            hidden: states of the tokens before the blocks.
+            granularity: [...] int64, as in `hidden`.
+        """
+        if granularity is not None:
+            # Not to the logits: Adam moves a number by about lr a step, a product of two by more.
+            hidden = hidden + _rows_or_zero(self.granularity_length, granularity)
         return self.length_head(hidden)
 
     def edits(self, hidden: Tensor) -> Tensor:
@@ -256,3 +285,8 @@ class Transformer(nn.Module):
     def attend(self, ranges: Tensor, *, backend: AttentionBackend) -> Attend:
         """Attention over the given key ranges [B, M, 4], for callers below this room."""
         return RangeAttend(ranges, backend=backend)
+
+
+def _rows_or_zero(table: Tensor, number: Tensor) -> Tensor:
+    """[n, d] and [...] in -1..n-1 -> [..., d]: a row of the table, zeros for -1."""
+    return F.embedding(number + 1, F.pad(table, (0, 0, 1, 0)))

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from abf.base import ConfigModel, Seed, Threads
-from abf.diffusion.config import Corruption, LossConfig, MaskedCorruption
+from abf.diffusion.config import Corruption, GranularityConfig, LossConfig, MaskedCorruption
 from abf.model.config import AttentionBackend, ImportedBase, ShapeConfig
 
 Decay = Annotated[float, Field(ge=0, lt=1)]
@@ -55,6 +55,14 @@ class Stage(ConfigModel):
     """Blocks are cut to this many tokens; none leaves them whole."""
     join: float = Field(default=0.0, ge=0, le=1)
     """Probability that a block is joined to the one before it while both fit the longest block."""
+    granularity: GranularityConfig | None = None
+    """Join blocks to a mean length that each document draws, and tell the model; none does not."""
+
+    def model_post_init(self, context: object) -> None:
+        if self.granularity is not None and self.join:
+            raise ValueError(
+                f"join={self.join} and granularity both say how blocks are joined: leave join out"
+            )
 
 
 class BlockObjective(ConfigModel):
@@ -92,6 +100,12 @@ class BlockObjective(ConfigModel):
     def edits(self) -> bool:
         """Whether the model needs the heads that edit."""
         return self.corruption.kind == "path"
+
+    @property
+    def granularities(self) -> tuple[int, ...]:
+        """Mean block lengths that the model is told of in some stage, in tokens."""
+        found = {n for s in self.stages if s.granularity for n in s.granularity.lengths}
+        return tuple(sorted(found))
 
     def model_post_init(self, context: object) -> None:
         ends = [stage.until for stage in self.stages]

@@ -19,7 +19,13 @@ import torch
 from torch import Tensor
 
 from abf.errors import DivergenceError, Interrupted, ResumeError
-from abf.model.store import assemble, load_weights, save_weights, with_edit_heads
+from abf.model.store import (
+    assemble,
+    load_weights,
+    save_weights,
+    with_edit_heads,
+    with_granularities,
+)
 from abf.model.transformer import Transformer
 from abf.train import checkpoint
 from abf.train.config import TrainConfig
@@ -85,8 +91,9 @@ def train(
         DivergenceError: the loss stopped being a number.
         Interrupted: a signal arrived; the state is saved.
     """
-    if cfg.objective.kind == "block" and cfg.objective.edits:
-        model = with_edit_heads(model)
+    if cfg.objective.kind == "block":
+        model = with_edit_heads(model) if cfg.objective.edits else model
+        model = with_granularities(model, cfg.objective.granularities)
     with (
         settings(threads=cfg.threads),
         world(cfg.parallel.timeout_s) as ranks,

@@ -6,7 +6,6 @@ weights and the optimiser's state: nothing else is carried from one to the next.
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import socket
 from collections.abc import Sequence
@@ -141,9 +140,9 @@ class Trainer:
         size = self.cfg.micro_rows or len(rows)
         for start in range(0, self.most_rows if self.sharded else len(rows), size):
             part = slice(start, start + size)
-            micro = _rows(batch, part)
+            micro = batch.take(part)
             if any(count_terms(micro, self.loss).values()):
-                taught = None if seen is None else _rows(seen, part)
+                taught = None if seen is None else seen.take(part)
                 totals += self._micro_batch(micro, epochs[part], counts, corruption, taught)
             elif self.sharded and any(counts.values()):
                 # No row, or padding alone, but the others need this rank in their collectives.
@@ -184,7 +183,7 @@ class Trainer:
         longest = self.model.config.max_block
         return regroup(
             batch, cap=stage.block_cap, join=stage.join, longest=longest, seed=self.seed,
-            epochs=epochs,
+            epochs=epochs, granularity=stage.granularity, known=self.model.config.granularities,
         )  # fmt: skip
 
     @property
@@ -292,13 +291,6 @@ class Trainer:
 def _masked(noised: Noised | PathNoised, mask_id: int) -> int:
     """Masked slots; padding, which depends on how rows were grouped, holds MASK, too."""
     return int(((noised.noisy_ids == mask_id) & (noised.block_start >= 0)).sum())
-
-
-def _rows(batch: PackedBatch, part: slice) -> PackedBatch:
-    """Some rows of a batch."""
-    return PackedBatch(
-        **{field.name: getattr(batch, field.name)[part] for field in dataclasses.fields(batch)}
-    )
 
 
 def _check_fit(rows: PackedRows, model: Transformer, path: Path) -> None:

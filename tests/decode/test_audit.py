@@ -28,7 +28,7 @@ from abf.decode.page import page
 from abf.decode.trace import TraceWriter, read_trace
 from abf.errors import ArtifactError, ConfigError
 from abf.files import sha256
-from abf.model.store import WEIGHTS, load_model, save_model
+from abf.model.store import WEIGHTS, load_model, save_model, with_granularities
 from abf.model.transformer import Transformer
 from tests.decode.tiny import header, tiny_engine, tiny_prompts
 
@@ -44,7 +44,12 @@ def decoded(folder: Path, model: Transformer, strategy: Any = BUSY, **changes: A
         "shift": str(shift).lower(),
         "clean_stream": changes.get("clean_stream", "context_causal"),
         "dtype": changes.get("precision", "fp32"),
-        "decoder": json.dumps({"extent": None if alone else {"kind": "fixed"}}),
+        "decoder": json.dumps(
+            {
+                "extent": None if alone else {"kind": "fixed"},
+                "granularity": changes.get("granularity"),
+            }
+        ),
         "model_sha256": sha256(folder / "model" / WEIGHTS),
     }
     if alone:
@@ -68,12 +73,18 @@ CASES: dict[str, dict[str, Any]] = {
     "path": {"strategy": PathStrategy(steps=6), "sampler": SamplerConfig(temperature=1.0)},
     "threshold": {"strategy": ThresholdStrategy(threshold=0.3)},
     "ar": {"strategy": ArStrategy(), "shift": False},
+    "told": {"granularity": 9},
+    "told, own rows": {"granularity": 9, "shift": False},
 }
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_the_model_says_what_was_logged(editor: Transformer, tmp_path: Path, name: str) -> None:
-    log = decoded(tmp_path, editor, **CASES[name])
+    model = with_granularities(editor, (3, 9)) if "told" in name else editor
+    if model is not editor:
+        with torch.no_grad():
+            model.granularity_input.normal_(0, 1, generator=torch.Generator().manual_seed(1))
+    log = decoded(tmp_path, model, **CASES[name])
     found = audit(log, model_dir=tmp_path / "model", steps=60)
     assert found.complete
     assert found.requests == 3

@@ -5,8 +5,6 @@ Letters: B batch rows, L row length, V vocabulary.
 
 from __future__ import annotations
 
-import dataclasses
-
 import numpy as np
 import torch
 
@@ -53,8 +51,7 @@ def make_batch(rows: list[list[Piece]], L: int, *, first_piece: int = 0) -> Pack
 
 def take(batch: PackedBatch, index: list[int]) -> PackedBatch:
     """Some rows of a batch."""
-    fields = (field.name for field in dataclasses.fields(batch))
-    return PackedBatch(**{name: getattr(batch, name)[index] for name in fields})
+    return batch.take(index)
 
 
 def tiny_model(

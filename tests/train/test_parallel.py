@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.multiprocessing.spawn import start_processes
 
 from abf.errors import ConfigError, Interrupted
-from abf.model.store import with_edit_heads
+from abf.model.store import with_edit_heads, with_granularities
 from abf.train import checkpoint
 from abf.train.parallel import World, world
 from abf.train.shard import RANKS_PER_NODE, whole
@@ -36,6 +36,9 @@ DRAFTS: dict[str, Any] = {
         "loss": {"edit_weight": 1.0, "complete_weight": 1.0},
     }
 }
+TOLD: dict[str, Any] = {
+    "objective": {"kind": "block", "stages": [{"until": 1, "granularity": {"lengths": [2, 6]}}]}
+}
 FULL: dict[str, Any] = {"parallel": {"sharding": "full"}}
 HYBRID: dict[str, Any] = {"parallel": {"sharding": "hybrid"}}
 SETTINGS: list[dict[str, Any]] = [
@@ -52,12 +55,17 @@ SETTINGS: list[dict[str, Any]] = [
     HYBRID | PATH,
     DRAFTS,
     FULL | DRAFTS,
+    TOLD,
+    FULL | TOLD | {"micro_rows": 1},
 ]
 
 
 def trainer_of(packed: Path, changes: dict[str, Any], ranks: World | None = None) -> Trainer:
+    cfg = tiny_config(**changes)
     model = with_edit_heads(new_model()) if "corruption" in str(changes) else new_model()
-    return Trainer(tiny_config(**changes), seed=0, model=model, packed=packed, world=ranks)
+    if cfg.objective.kind == "block":
+        model = with_granularities(model, cfg.objective.granularities)
+    return Trainer(cfg, seed=0, model=model, packed=packed, world=ranks)
 
 
 def gradients(trainer: Trainer) -> Tensor:

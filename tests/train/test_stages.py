@@ -81,6 +81,10 @@ def test_both_views_of_a_pair_are_trained(tmp_path: Path) -> None:
         ({"stages": [{"until": 1, "corruption": {"kind": "path"}}]}, "mix corruptions"),
         ({"corruption": {"kind": "path", "drafts": {}}}, "teach nothing"),
         ({"loss": {"edit_weight": 1}}, "nothing drafts"),
+        (
+            {"stages": [{"until": 1, "join": 0.2, "granularity": {"lengths": [4]}}]},
+            "join=0.2 and granularity both say",
+        ),
     ],
 )
 def test_what_cannot_be_trained_is_refused(settings: dict[str, Any], words: str) -> None:

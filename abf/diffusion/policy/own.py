@@ -40,7 +40,13 @@ class Writer(Protocol):
     """What is asked of the model."""
 
     def hidden(
-        self, ids: Tensor, positions: Tensor, attend: Any, *, rows: Tensor | None = None
+        self,
+        ids: Tensor,
+        positions: Tensor,
+        attend: Any,
+        *,
+        rows: Tensor | None = None,
+        granularity: Tensor | None = None,
     ) -> Tensor: ...
 
     def logits(self, hidden: Tensor) -> Tensor: ...
@@ -89,7 +95,9 @@ def write_own(
             drafts, noisy=streams.noisy, L=batch.token_ids.shape[1], shift=loss.shift
         )
         attend = model.attend(streams.ranges, backend=backend)
-        states = model.hidden(streams.ids, streams.positions, attend, rows=reads.rows)
+        states = model.hidden(
+            streams.ids, streams.positions, attend, rows=reads.rows, granularity=streams.granularity
+        )
         K, m = drafts.text.shape
         edits = model.edits(states[len(reads.token) :]).unflatten(0, (K, m + 1))
         piece = batch.document_id[drafts.row, drafts.start]

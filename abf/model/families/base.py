@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, get_args
 from abf.errors import ArtifactError
 from abf.model.config import FamilyName
 
-OURS_ALONE = ("mask_embedding", "end_embedding", "length_head.", "edit_head.")
+OURS_ALONE = ("mask_embedding", "end_embedding", "length_head.", "edit_head.", "granularity_")
 """Beginnings of the names of tensors that no AR model has."""
 HEAD = "lm_head.weight"
 """The untied output matrix, in every family."""
