@@ -25,8 +25,14 @@ def bf16_instructions(cpuinfo: Path = Path("/proc/cpuinfo")) -> str | None:
     return None
 
 
-def resolve_precision() -> tuple[str, str]:
-    """What `precision: auto` means here, and why."""
+def resolve_precision(gpus: int = 0) -> tuple[str, str]:
+    """What `precision: auto` means here, and why.
+
+    Args:
+        gpus: of the nodes that jobs run on; a login node's own processor says nothing of those.
+    """
+    if gpus:
+        return "bf16", f"jobs run on nodes of {gpus} GPUs"
     if found := bf16_instructions():
         return "bf16", f"{platform.machine()} with {found}"
     return "fp32", f"{platform.machine()} without bf16 instructions"

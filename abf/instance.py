@@ -15,6 +15,7 @@ from abf.cluster.config import LaunchConfig
 from abf.data.local import matching_files
 from abf.files import make_folder, read_if_json
 from abf.hardware import resolve_precision
+from abf.site import job_gpus
 from abf.stages import STAGES
 
 LAUNCH = "launch.json"
@@ -93,7 +94,7 @@ def resolved(instance: Instance, path: Path) -> dict[str, Any]:
             here = f"{where}.{name}" if where else name
             if name == "precision" and value == "auto":
                 if here not in before:
-                    chosen, why = resolve_precision()
+                    chosen, why = resolve_precision(job_gpus())
                     choices[here] = {"requested": "auto", "value": chosen, "because": why}
                 else:
                     choices[here] = before[here]

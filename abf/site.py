@@ -25,6 +25,11 @@ def load_node(environment: Mapping[str, str] = os.environ) -> NodeConfig:
     return load_site(environment).node if known else NodeConfig()
 
 
+def job_gpus(environment: Mapping[str, str] = os.environ) -> int:
+    """GPUs of a node that jobs are submitted to; 0 where nothing is submitted."""
+    return load_node(environment).gpus if environment.get("ABF_SUBMIT") else 0
+
+
 def load_storage(environment: Mapping[str, str] = os.environ) -> StorageConfig:
     """Where files live; nothing is known of that where there is no site file."""
     known = site_path(environment).exists() or environment.get("ABF_ACCOUNT")

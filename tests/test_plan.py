@@ -124,17 +124,34 @@ def test_files_from_outside_are_inputs(tmp_path: Path, monkeypatch: pytest.Monke
 def test_config_json_is_written_once_and_auto_stays_resolved(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("abf.instance.resolve_precision", lambda: ("bf16", "first machine"))
+    monkeypatch.setattr("abf.instance.resolve_precision", lambda _: ("bf16", "first machine"))
     results = tmp_path / "results"
     plan = Plan(study(tmp_path), results)
     trained = [i for i in plan.instances.values() if i.stage in ("base", "train")]
     assert plan.write() == len(plan.instances) + len(trained) + 1
-    monkeypatch.setattr("abf.instance.resolve_precision", lambda: ("fp32", "another machine"))
+    monkeypatch.setattr("abf.instance.resolve_precision", lambda _: ("fp32", "another machine"))
     assert Plan(study(tmp_path), results).write() == 0
     path = plan.cells[0].train.directory(results) / "config.json"
     document = json.loads(path.read_text())
     assert document["config"]["train"]["precision"] == "bf16"
     assert document["resolved"]["train.precision"]["because"] == "first machine"
+
+
+def test_precision_is_that_of_the_nodes_that_jobs_go_to(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A login node without bf16 instructions must not make GPUs compute in fp32."""
+    monkeypatch.setattr("abf.hardware.bf16_instructions", lambda: None)
+    (tmp_path / "site.yaml").write_text("account: A\nnode: {gpus: 4}\n")
+    monkeypatch.setenv("ABF_SITE", str(tmp_path / "site.yaml"))
+    found = {}
+    for submit in ("", "--submit"):
+        monkeypatch.setenv("ABF_SUBMIT", submit)
+        plan = Plan(study(tmp_path), tmp_path / f"results{submit}")
+        plan.write()
+        path = plan.cells[0].train.directory(plan.results) / "config.json"
+        found[submit] = json.loads(path.read_text())["config"]["train"]["precision"]
+    assert found == {"": "fp32", "--submit": "bf16"}
 
 
 def test_axes_exclude_and_names(tmp_path: Path) -> None:

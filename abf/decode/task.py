@@ -27,6 +27,7 @@ from abf.decode.request import Prompt, Sample
 from abf.decode.trace import TraceWriter
 from abf.errors import ArtifactError, ConfigError
 from abf.files import sha256
+from abf.model.device import own_device
 from abf.model.store import WEIGHTS, load_model
 from abf.model.transformer import Transformer
 from abf.track.meter import EnergyMeter
@@ -87,7 +88,7 @@ def decode_task(
         ArtifactError: model and packed text have different vocabularies.
     """
     torch.set_num_threads(decoder.threads)
-    model = load_model(model_dir).eval()
+    model = load_model(model_dir).to(own_device()).eval()
     text = load_tokenizer(tokenizer)
     prompts = held_out_prompts(task, packed, model, text)
     asked = controls(decoder, text, max_block=model.max_block, new_tokens=task.new_tokens)

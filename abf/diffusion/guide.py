@@ -18,6 +18,7 @@ from torch import Tensor
 from abf.data.loader import PackedBatch
 from abf.diffusion.config import LossConfig
 from abf.diffusion.corrupt.base import Noised
+from abf.diffusion.device import on_its_device
 from abf.diffusion.head import CHUNK, head_reads
 from abf.diffusion.layout import mask_reads, run_starts, two_stream
 from abf.diffusion.policy.own import Writer
@@ -34,6 +35,7 @@ class Guide:
 
 
 @torch.no_grad()
+@on_its_device
 def teach(
     teacher: Writer,
     batch: PackedBatch,

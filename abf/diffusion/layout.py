@@ -91,13 +91,13 @@ def two_stream(batch: PackedBatch, noised: NoisyStream, *, clean_stream: CleanSt
     inside = np.arange(M) - run_starts(start)
     noisy_place = np.where(start >= 0, begins + inside, 0)
     return TwoStream(
-        ids=torch.from_numpy(np.concatenate([noised.noisy_ids, batch.token_ids], axis=1)),
-        positions=torch.from_numpy(np.concatenate([noisy_place, place], axis=1)),
+        ids=torch.as_tensor(np.concatenate([noised.noisy_ids, batch.token_ids], axis=1)),
+        positions=torch.as_tensor(np.concatenate([noisy_place, place], axis=1)),
         ranges=two_stream_ranges(
-            torch.from_numpy(batch.document_id),
-            torch.from_numpy(batch.block_id),
+            torch.as_tensor(batch.document_id),
+            torch.as_tensor(batch.block_id),
             clean_stream=clean_stream,
-            block_start=torch.from_numpy(start),
+            block_start=torch.as_tensor(start),
         ),
         noisy=M,
         granularity=_noisy_granularity(batch, start),
@@ -109,7 +109,7 @@ def _noisy_granularity(batch: PackedBatch, start: NDArray[np.int64]) -> Tensor |
         return None
     of_block = np.take_along_axis(batch.granularity, np.maximum(start, 0), axis=1)
     nothing = np.full_like(batch.granularity, -1)
-    return torch.from_numpy(np.concatenate([np.where(start >= 0, of_block, -1), nothing], axis=1))
+    return torch.as_tensor(np.concatenate([np.where(start >= 0, of_block, -1), nothing], axis=1))
 
 
 def mask_reads(batch: PackedBatch, noised: Noised, *, shift: bool) -> Reads:
@@ -153,13 +153,13 @@ class BlockReads:
 def block_reads(blocks: Blocks, *, noisy: int, L: int, shift: bool) -> BlockReads:
     """Tokens are read from the state before their slot (`shift`; the first from the last clean
     token before the block) or from their own, edits always from a slot's own state."""
-    base = torch.from_numpy(blocks.row) * (noisy + L)
-    slots, first = torch.from_numpy(blocks.slots), torch.from_numpy(blocks.first)
+    base = torch.as_tensor(blocks.row) * (noisy + L)
+    slots, first = torch.as_tensor(blocks.slots), torch.as_tensor(blocks.first)
     m = blocks.text.shape[1]
     block, slot = torch.nonzero(torch.arange(m) < slots[:, None], as_tuple=True)
     token = base[block] + first[block] + slot
     if shift:
-        before = base[block] + noisy + torch.from_numpy(blocks.start)[block] - 1
+        before = base[block] + noisy + torch.as_tensor(blocks.start)[block] - 1
         token = torch.where(slot == 0, before, token - 1)
     place = torch.minimum(torch.arange(m + 1), slots[:, None])
     own = (base + first)[:, None] + place
@@ -168,7 +168,7 @@ def block_reads(blocks: Blocks, *, noisy: int, L: int, shift: bool) -> BlockRead
 
 def clean_ranges(batch: PackedBatch) -> Tensor:
     """Key ranges [B, L, 4] of the clean stream alone, causal inside each piece."""
-    return causal_ranges(torch.from_numpy(batch.document_id))
+    return causal_ranges(torch.as_tensor(batch.document_id))
 
 
 def next_token_reads(batch: PackedBatch, *, noisy: int) -> Reads:
@@ -194,7 +194,7 @@ def _reads(
     slot: NDArray[np.int64],
 ) -> Reads:
     return Reads(
-        readout=torch.from_numpy(readout),
-        target=torch.from_numpy(target[row, slot]),
-        slot=torch.from_numpy(row * target.shape[1] + slot),
+        readout=torch.as_tensor(readout),
+        target=torch.as_tensor(target[row, slot]),
+        slot=torch.as_tensor(row * target.shape[1] + slot),
     )

@@ -28,6 +28,7 @@ from abf.data.loader import PackedBatch
 from abf.diffusion.config import LossConfig
 from abf.diffusion.corrupt.base import Blocks, Noised
 from abf.diffusion.corrupt.path import PathNoised
+from abf.diffusion.device import on_its_device
 from abf.diffusion.guide import Guide, guide_nats
 from abf.diffusion.head import head_nll
 from abf.diffusion.layout import (
@@ -171,18 +172,20 @@ def combine(
     return torch.stack(parts).sum()
 
 
+@on_its_device
 def ar_charges(model: Backbone, batch: PackedBatch, *, backend: Backend) -> Charges:
     """Next-token NLL of every charged token, from the clean stream alone."""
     reads = next_token_reads(batch, noisy=0)
     states = model.hidden(
-        torch.from_numpy(batch.token_ids),
-        torch.from_numpy(positions(batch.document_id)),
+        torch.as_tensor(batch.token_ids),
+        torch.as_tensor(positions(batch.document_id)),
         model.attend(clean_ranges(batch), backend=backend),
         rows=reads.readout,
     )
     return Charges(*head_nll(states, model.head_weight, reads.target), reads.slot)
 
 
+@on_its_device
 def block_charges(
     model: Backbone,
     batch: PackedBatch,
@@ -224,14 +227,14 @@ def block_charges(
 
             return _Reading(reads.rows, charge)
         reads = mask_reads(batch, noised, shift=loss.shift)
-        return _tokens(model, reads, torch.from_numpy(noised.weight[noised.masked]))
+        return _tokens(model, reads, torch.as_tensor(noised.weight[noised.masked]))
 
     def length() -> _Reading:
         reads = length_reads(batch, noisy=noisy)
         law = noised.law if isinstance(noised, PathNoised) else PathLaw(0, 0, model.mask_id)
         told = None
         if batch.granularity is not None:
-            told = torch.from_numpy(batch.granularity).flatten()[reads.slot]
+            told = torch.as_tensor(batch.granularity).flatten()[reads.slot]
 
         def charge(states: Tensor) -> Charges:
             logits = model.length_logits(states, told)
@@ -302,7 +305,7 @@ def block_charges(
 
 def _first_slots(blocks: Blocks, L: int) -> Tensor:
     """[K] slots that block charges are booked at, in B*L."""
-    return torch.from_numpy(blocks.row * L + blocks.start)
+    return torch.as_tensor(blocks.row * L + blocks.start)
 
 
 @dataclass
@@ -326,5 +329,5 @@ def _tokens(model: Backbone, reads: Reads, weight: Tensor | None) -> _Reading:
 def scatter(charges: Charges, batch: PackedBatch) -> NDArray[np.float64]:
     """Charges at their slots, [B, L] nats, 0 where nothing is charged; to be summed by document."""
     flat = np.zeros(batch.token_ids.size, dtype=np.float64)
-    np.add.at(flat, charges.slot.numpy(), charges.nll.double().numpy())
+    np.add.at(flat, charges.slot.cpu().numpy(), charges.nll.double().cpu().numpy())
     return flat.reshape(batch.token_ids.shape)

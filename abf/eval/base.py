@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from abf.model.device import own_device
 from abf.model.huggingface import load_hf
 from abf.model.store import load_model
 from abf.model.transformer import Transformer
@@ -69,13 +70,13 @@ class Subject:
     @cached_property
     def model(self) -> Transformer:
         """The trained model."""
-        return load_model(self.model_dir).eval()
+        return load_model(self.model_dir).to(own_device()).eval()
 
     @cached_property
     def base(self) -> Transformer:
         """The AR model it was converted from; judge of generated text."""
         document_id = self.model.config.document_id
-        return load_hf(self.base_dir, document_id=document_id).eval()
+        return load_hf(self.base_dir, document_id=document_id).to(own_device()).eval()
 
     @property
     def causal(self) -> bool:

@@ -167,6 +167,8 @@ class TrainConfig(ConfigModel):
     """Optimiser and learning rate."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """`auto` is resolved once when the run is planned and written into its config.json."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """What a rank computes on; `auto`: on a GPU where the process sees one."""
     threads: Threads = 1
     """CPU threads; part of the config because it changes the last bits."""
     attention: AttentionBackend = "tiles"

@@ -77,4 +77,5 @@ class Losses(nn.Module):
         return loss, terms, noised
 
     def _lower(self) -> torch.autocast:
-        return torch.autocast("cpu", torch.bfloat16, enabled=self.cfg.precision == "bf16")
+        device = self.model.head_weight.device.type
+        return torch.autocast(device, torch.bfloat16, enabled=self.cfg.precision == "bf16")

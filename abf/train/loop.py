@@ -6,7 +6,6 @@ a failed job. Tokens are clean row slots, padding included; steps are counted as
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import time
 from collections.abc import Collection, Mapping
@@ -19,6 +18,7 @@ import torch
 from torch import Tensor
 
 from abf.errors import DivergenceError, Interrupted, ResumeError
+from abf.model.device import own_device
 from abf.model.store import (
     assemble,
     load_weights,
@@ -43,7 +43,13 @@ SAMPLE_BYTES = 1 << 20
 """Bytes at either end of the packed file that enter its fingerprint."""
 
 
-SAME_RESULT = {"parallel", "checkpoint_activations", "checkpoint_steps", "keep_checkpoints"}
+SAME_RESULT = {
+    "device",
+    "parallel",
+    "checkpoint_activations",
+    "checkpoint_steps",
+    "keep_checkpoints",
+}
 """Settings that a resumed run may have other values of: they change no result."""
 
 
@@ -96,7 +102,7 @@ def train(
         model = with_granularities(model, cfg.objective.granularities)
     with (
         settings(threads=cfg.threads),
-        world(cfg.parallel.timeout_s) as ranks,
+        world(cfg.parallel.timeout_s, own_device(cfg.device)) as ranks,
         StopFlag() as stop,
         Recorder(run_dir, label, active=ranks.first) as record,
     ):
@@ -126,7 +132,7 @@ def train(
             )
         record.event("finished", step=run.done, wall_s=run.wall_s())
         model.zero_grad(set_to_none=True)
-        return TrainResult(gathered(model), run.done, run.tokens, run.wall_s(), ranks.first)
+        return TrainResult(gathered(model).cpu(), run.done, run.tokens, run.wall_s(), ranks.first)
 
 
 class _Run:
@@ -138,6 +144,7 @@ class _Run:
         self.trainer, self.record, self.run_dir = trainer, record, run_dir
         self.identity = identity
         self.environment = environment(
+            device=trainer.device,
             precision=trainer.cfg.precision,
             world_size=trainer.world.size,
             sharding=trainer.cfg.parallel.sharding if trainer.sharded else "none",
@@ -219,16 +226,18 @@ class _Run:
         if trainer.teaching is None or self.done < trainer.teaching or trainer.losses.teacher:
             return
         if self.done == trainer.teaching:
-            teacher = copy.deepcopy(gathered(trainer.model))
+            state = gathered(trainer.model).state_dict()
+            weights = {name: tensor.to("cpu", copy=True) for name, tensor in state.items()}
             if trainer.world.first:
-                save_weights(teacher.state_dict(), path)
+                save_weights(weights, path)
         elif path.exists():
-            teacher = assemble(trainer.model.config, load_weights(path), path)
+            weights = load_weights(path)
         else:
             raise ResumeError(
                 f"{path} is missing: the weights of step {trainer.teaching}, which this run learns "
                 "from. Delete the run's checkpoints to train it again"
             )
+        teacher = assemble(trainer.model.config, weights, path).to(trainer.device)
         trainer.losses.teacher.append(teacher.requires_grad_(False).eval())
         trainer.world.barrier()
 

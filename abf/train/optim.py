@@ -77,7 +77,7 @@ class Optimiser:
 
     def _hold_gradients(self) -> None:
         sizes = [parameter.numel() for parameter in self.parameters.values()]
-        self.gradients = torch.zeros(sum(sizes))
+        self.gradients = torch.cat([p.new_zeros(p.numel()) for p in self.parameters.values()])
         """Flat buffer; each parameter's `.grad` is a view of it."""
         for parameter, view in zip(
             self.parameters.values(), self.gradients.split(sizes), strict=True

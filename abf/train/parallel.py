@@ -2,9 +2,10 @@
 
 Ranks come from torchrun's environment (RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT), or from RANK,
 WORLD_SIZE and ABF_RENDEZVOUS, a file on a shared disk in which the first rank says where it listens
-(no port has to be agreed on beforehand, so none can be taken). They talk by gloo. Losses are
-divided by counts over all ranks before backward, so the summed gradient equals the gradient of one
-process to float tolerance.
+(no port has to be agreed on beforehand, so none can be taken). They talk by gloo, and GPUs among
+themselves by NCCL.
+Losses are divided by counts over all ranks before backward, so the summed gradient equals the
+gradient of one process to float tolerance.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsa
 
 from abf.errors import ConfigError, RankError
 from abf.files import write_json
+from abf.model.device import CPU
 from abf.train.heartbeat import Heartbeat
 
 T = TypeVar("T")
@@ -44,6 +46,8 @@ class World:
     rank: int = 0
     size: int = 1
     timeout_s: float = TIMEOUT_S
+    device: torch.device = CPU
+    """What this rank computes on."""
 
     @property
     def first(self) -> bool:
@@ -67,6 +71,9 @@ class World:
     def sum_(self, values: Tensor) -> Tensor:
         """Replace `values` by its sum over the ranks."""
         if self.size > 1:
+            if values.device != CPU:
+                # A device waits for its peers without a word; here a lost one is noticed.
+                self.barrier()
             dist.all_reduce(values)
         return values
 
@@ -92,28 +99,32 @@ class World:
     def barrier(self) -> None:
         """Wait until every rank is here."""
         if self.size > 1:
-            dist.barrier()
+            dist.all_reduce(torch.zeros(()))  # gloo's, whatever the ranks compute on
 
 
 @contextlib.contextmanager
-def world(timeout_s: float = TIMEOUT_S) -> Iterator[World]:
+def world(timeout_s: float = TIMEOUT_S, device: torch.device = CPU) -> Iterator[World]:
     """The ranks torchrun started, or this process alone; an open process group is used as it is.
 
     Args:
         timeout_s: seconds a rank waits for the others.
+        device: what this rank computes on.
 
     Raises:
         ConfigError: torchrun's environment is incomplete; names what is missing.
         RankError: another rank died, or let this one wait too long; names it.
     """
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
     if dist.is_initialized():
-        with _watched(timeout_s) as ranks:
+        with _watched(timeout_s, device) as ranks:
             yield ranks
         return
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        yield World()
+        yield World(device=device)
         return
     timeout = timedelta(seconds=timeout_s)
+    backend = "gloo" if device == CPU else f"cpu:gloo,{device.type}:nccl"
     meeting = os.environ.get(RENDEZVOUS)
     needed = ("RANK",) if meeting else ("RANK", "MASTER_ADDR", "MASTER_PORT")
     if missing := [name for name in needed if name not in os.environ]:
@@ -124,20 +135,20 @@ def world(timeout_s: float = TIMEOUT_S) -> Iterator[World]:
     if meeting:
         rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
         store = _meet(Path(meeting), rank, size, timeout)
-        dist.init_process_group("gloo", timeout=timeout, store=store, rank=rank, world_size=size)
+        dist.init_process_group(backend, timeout=timeout, store=store, rank=rank, world_size=size)
     else:
-        dist.init_process_group("gloo", timeout=timeout)
+        dist.init_process_group(backend, timeout=timeout)
     try:
-        with _watched(timeout_s) as ranks:
+        with _watched(timeout_s, device) as ranks:
             yield ranks
     finally:
         dist.destroy_process_group()
 
 
 @contextlib.contextmanager
-def _watched(timeout_s: float) -> Iterator[World]:
+def _watched(timeout_s: float, device: torch.device) -> Iterator[World]:
     """The ranks of the open process group; a failure for which another is to blame names it."""
-    ranks = World(dist.get_rank(), dist.get_world_size(), timeout_s)
+    ranks = World(dist.get_rank(), dist.get_world_size(), timeout_s, device)
     store = dist.distributed_c10d._get_default_store()
     with Heartbeat(store, ranks.rank, ranks.size) as heart:
         try:

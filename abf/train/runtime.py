@@ -27,9 +27,12 @@ KEPT_BYTES = 1 << 30
 """Blocks up to this size come from the heap, which never shrinks."""
 
 
-def environment(*, precision: str, world_size: int, sharding: str) -> dict[str, str]:
+def environment(
+    *, device: torch.device, precision: str, world_size: int, sharding: str
+) -> dict[str, str]:
     """Facts that decide the last bits of a run, by name."""
     return {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "cpu": _cpu_model(),
         "instructions": torch.backends.cpu.get_cpu_capability()
         + "".join(f" {name}={os.environ[name]}" for name in LIMITS if name in os.environ),
@@ -61,17 +64,19 @@ def settings(*, threads: int) -> Iterator[None]:
     # The module computes this attribute, so the type checker cannot see it.
     memory: Any = torch.utils.deterministic
     before = torch.get_num_threads()
-    deterministic = torch.are_deterministic_algorithms_enabled()
+    deterministic = torch.get_deterministic_debug_mode()
     fill = memory.fill_uninitialized_memory
     torch.set_num_threads(threads)
-    # Without it, gradients of indexed rows are added by racing threads.
-    torch.use_deterministic_algorithms(True)
+    # Without it, gradients of indexed rows are added by racing threads. Where a GPU has no such
+    # kernel, the run goes on and says so: some last bits are no reason to stop it.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True, warn_only=torch.cuda.is_available())
     memory.fill_uninitialized_memory = False  # poison for debugging; costs a pass over each tensor
     try:
         yield
     finally:
         torch.set_num_threads(before)
-        torch.use_deterministic_algorithms(deterministic)
+        torch.set_deterministic_debug_mode(deterministic)
         memory.fill_uninitialized_memory = fill
 
 

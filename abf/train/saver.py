@@ -136,7 +136,7 @@ class Saver:
             ArtifactError: the save before could not be written (disk full ...); see `wait`.
         """
         self.wait()
-        staged = {name: tensor.detach().clone() for name, tensor in tensors.items()}
+        staged = {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
 
         def write() -> None:
             try:

@@ -52,7 +52,7 @@ def shard(
 
 def _mesh(world: World, strategy: Literal["full", "hybrid"]) -> DeviceMesh:
     if strategy == "full":
-        return init_device_mesh("cpu", (world.size,), mesh_dim_names=("shard",))
+        return init_device_mesh(world.device.type, (world.size,), mesh_dim_names=("shard",))
     local = int(os.environ.get(RANKS_PER_NODE, world.size))
     if any(other != local for other in world.gather(local)) or world.size % local:
         raise ConfigError(
@@ -61,7 +61,8 @@ def _mesh(world: World, strategy: Literal["full", "hybrid"]) -> DeviceMesh:
             "on every node"
         )
     names = ("replicate", "shard")
-    mesh = init_device_mesh("cpu", (world.size // local, local), mesh_dim_names=names)
+    shape = (world.size // local, local)
+    mesh = init_device_mesh(world.device.type, shape, mesh_dim_names=names)
     for group in mesh.get_all_groups():  # they do not inherit it
         dist.distributed_c10d._set_pg_timeout(timedelta(seconds=world.timeout_s), group)
     return mesh

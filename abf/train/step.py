@@ -81,6 +81,8 @@ class Trainer:
             )
         self.cfg, self.seed, self.model, self.path = cfg, seed, model, packed
         self.world = World() if world is None else world
+        self.device = self.world.device
+        model.to(self.device)
         self.part = self.world.share(cfg.batch_rows)
         self.most_rows = math.ceil(cfg.batch_rows / self.world.size)
         self.rows = PackedRows(packed)
@@ -136,7 +138,7 @@ class Trainer:
         counts = dict(zip(names, counted.tolist(), strict=True))
 
         self.optimiser.zero_grad()
-        totals = torch.zeros(len(names) + 1 + len(self.watched), dtype=torch.float64)
+        totals = self._nothing()
         size = self.cfg.micro_rows or len(rows)
         for start in range(0, self.most_rows if self.sharded else len(rows), size):
             part = slice(start, start + size)
@@ -147,9 +149,9 @@ class Trainer:
             elif self.sharded and any(counts.values()):
                 # No row, or padding alone, but the others need this rank in their collectives.
                 self._micro_batch(*self._filler(*everywhere), counts, corruption, share=0.0)
-        self._local = totals.clone()
+        self._local = totals.cpu()
         self.optimiser.sum_gradients(self.world)
-        found = self.world.sum_(totals).tolist()
+        found = self.world.sum_(self._local.clone()).tolist()
         sums, masked, watch = found[: len(names)], found[len(names)], found[len(names) + 1 :]
         return (
             dict(zip(names, sums, strict=True)), counts, int(masked),
@@ -214,7 +216,7 @@ class Trainer:
     ) -> torch.Tensor:
         """Add the gradients of some rows; returns the terms' sums, the masked tokens, and counts of
         what is watched."""
-        totals = torch.zeros(len(self.weights) + 1 + len(self.watched), dtype=torch.float64)
+        totals = self._nothing()
         for view in range(1 if corruption is None else corruption.views):
             noised = (
                 None
@@ -232,9 +234,14 @@ class Trainer:
             totals += self._measured(terms, noised)
         return totals
 
+    def _nothing(self) -> torch.Tensor:
+        """Zeros for what `_measured` gives, on the device: they are fetched once a step."""
+        size = len(self.weights) + 1 + len(self.watched)
+        return torch.zeros(size, dtype=torch.float64, device=self.device)
+
     def _measured(self, terms: dict[str, Term], noised: Noised | PathNoised | None) -> torch.Tensor:
         """Sums of the terms, masked tokens, and counts of what is watched."""
-        zero = torch.zeros(1, dtype=torch.float64)
+        zero = torch.zeros(1, dtype=torch.float64, device=self.device)
         sums = [
             terms[name].sum.detach().double()[None] if name in terms else zero
             for name in self.weights
@@ -242,7 +249,7 @@ class Trainer:
         masked = 0 if noised is None else _masked(noised, self.model.mask_id)
         watch = [
             term.watch if (term := terms.get(name)) and term.watch is not None
-            else torch.zeros(len(WATCHED[name]), dtype=torch.float64)
+            else zero.expand(len(WATCHED[name]))
             for name in self.weights if name in WATCHED
         ]  # fmt: skip
         return torch.cat((*sums, zero + masked, *watch))

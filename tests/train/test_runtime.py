@@ -7,14 +7,16 @@ from typing import Any
 import pytest
 import torch
 
+from abf.model.device import CPU
 from abf.train.runtime import differences, environment, settings
 
 
 def test_the_same_process_has_the_same_environment() -> None:
-    first = environment(precision="fp32", world_size=1, sharding="none")
-    assert first == environment(precision="fp32", world_size=1, sharding="none")
+    first = environment(device=CPU, precision="fp32", world_size=1, sharding="none")
+    assert first == environment(device=CPU, precision="fp32", world_size=1, sharding="none")
     assert set(first) == {
         "cpu",
+        "device",
         "instructions",
         "numpy",
         "precision",
@@ -39,7 +41,7 @@ def test_every_difference_is_named() -> None:
 
 
 def test_limits_on_instructions_are_part_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    here: Any = {"precision": "bf16", "world_size": 1, "sharding": "none"}
+    here: Any = {"device": CPU, "precision": "bf16", "world_size": 1, "sharding": "none"}
     before = environment(**here)
     monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX2")
     (difference,) = differences(before, environment(**here))

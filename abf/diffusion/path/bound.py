@@ -14,6 +14,7 @@ rates are per unit of tau.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -114,7 +115,7 @@ def path_nats(
     entropy = torch.where(first[:, None], torch.xlogy(fill, fill), 0.0).sum(dim=2)
     cross = _cost(torch.where(first[:, None], fill - low, 0.0), log_fill, logged=True).sum(dim=2)
     if law.wrong:
-        entropy = entropy + others * low * torch.log(torch.tensor(low).double())
+        entropy = entropy + others * low * math.log(low)
         cross = cross + law.wrong * rates.floor
     nats = nats + torch.where(masked, entropy - cross, 0.0).sum(dim=1)
 
@@ -131,5 +132,5 @@ def _cost(amount: Tensor, value: Tensor, *, logged: bool = False) -> Tensor:
     """amount * log(value), 0 where the amount is; `logged`: the value is a logarithm already."""
     # Both sides are chosen before the logarithm, whose gradient at 0 would be NaN even unread.
     some = amount > 0
-    safe = torch.where(some, value, value.new_tensor(0.0 if logged else 1.0))
+    safe = torch.where(some, value, 0.0 if logged else 1.0)
     return torch.where(some, amount * (safe if logged else torch.log(safe)), 0.0)

@@ -72,8 +72,7 @@ class PathLaw:
         possible = missing >= 0
         missing = missing.clamp(min=0)
         choose = torch.lgamma(n + 1) - torch.lgamma(start + 1) - torch.lgamma(missing + 1)
-        late, first = (torch.tensor(p).double() for p in (self.late, 1 - self.late))
-        log_law = choose + torch.xlogy(missing, late) + torch.xlogy(start, first)
+        log_law = choose + torch.xlogy(missing, self.late) + torch.xlogy(start, 1 - self.late)
         log_law = log_law.masked_fill(~possible, -torch.inf)
         law = log_law.exp()
         # 0 log 0 = 0, on either side.

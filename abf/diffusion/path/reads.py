@@ -50,15 +50,15 @@ def path_charges(
         longest: slots of a block beyond which nothing is inserted.
         aligned: expected over alignments (to report) instead of the known one (to train on).
     """
-    clean, text = torch.from_numpy(blocks.clean), torch.from_numpy(blocks.text)
-    columns, slots = torch.from_numpy(blocks.columns), torch.from_numpy(blocks.slots)
-    tau, mask_id = torch.from_numpy(blocks.tau), law.vocab
+    clean, text = torch.as_tensor(blocks.clean), torch.as_tensor(blocks.text)
+    columns, slots = torch.as_tensor(blocks.columns), torch.as_tensor(blocks.slots)
+    tau, mask_id = torch.as_tensor(blocks.tau), law.vocab
     (K, n), m = clean.shape, text.shape[1]
     statuses = law.statuses(tau)
     if aligned:
         alignment = posterior(clean, columns, text, slots, statuses, mask_id=mask_id)
     else:
-        present, real = torch.from_numpy(blocks.present), torch.arange(n) < columns[:, None]
+        present, real = torch.as_tensor(blocks.present), torch.arange(n) < columns[:, None]
         alignment = one_alignment(present, real, slots=m)
 
     split = len(reads.token)
@@ -79,7 +79,7 @@ def path_charges(
         rates, alignment, clean=clean, columns=columns, text=text, slots=slots, law=law,
         mask_id=mask_id,
     )  # fmt: skip
-    return nats * torch.from_numpy(blocks.weight)
+    return nats * torch.as_tensor(blocks.weight)
 
 
 def _tokens(

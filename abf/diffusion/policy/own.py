@@ -23,6 +23,7 @@ from abf.data.loader import PackedBatch
 from abf.diffusion.config import LossConfig
 from abf.diffusion.corrupt.base import Blocks, lay_out, squeeze
 from abf.diffusion.corrupt.path import PathNoised
+from abf.diffusion.device import on_its_device
 from abf.diffusion.layout import block_reads, two_stream
 from abf.diffusion.path.bound import gap_groups, group_sums
 from abf.diffusion.policy.gates import read_gates
@@ -56,6 +57,9 @@ class Writer(Protocol):
     def attend(self, ranges: Tensor, *, backend: Backend) -> Any: ...
 
     @property
+    def head_weight(self) -> Tensor: ...
+
+    @property
     def mask_id(self) -> int: ...
 
     @property
@@ -63,6 +67,7 @@ class Writer(Protocol):
 
 
 @torch.no_grad()
+@on_its_device
 def write_own(
     model: Writer,
     batch: PackedBatch,
@@ -114,11 +119,11 @@ def _step(
     K, m = drafts.text.shape
     exists = np.arange(m) < drafts.slots[:, None]
     is_mask = (drafts.text == model.mask_id) & exists
-    gates = read_gates(edits, torch.from_numpy(is_mask))
-    remove = exists & (gates.delete.exp() >= 0.5).numpy()
-    revise = exists & (gates.revise.exp() >= 0.5).numpy()
+    gates = read_gates(edits, torch.as_tensor(is_mask))
+    remove = exists & (gates.delete.exp() >= 0.5).cpu().numpy()
+    revise = exists & (gates.revise.exp() >= 0.5).cpu().numpy()
 
-    block, slot = reads.block.numpy(), reads.slot.numpy()
+    block, slot = reads.block.cpu().numpy(), reads.slot.cpu().numpy()
     spread = [np.asarray(key)[block] if np.ndim(key) else key for key in keys]
     drawn, sure = _draw(model, states, uniform(*spread, _TOKEN, slot))
     token, confident = np.zeros((K, m), dtype=np.int64), np.zeros((K, m), dtype=bool)
@@ -129,13 +134,15 @@ def _step(
     text = np.where(changed, token, drafts.text)
 
     # Masks go where a group ends, as many as the group is expected to lack and there is room for.
-    visible = torch.from_numpy(exists & ~is_mask)
+    visible = torch.as_tensor(exists & ~is_mask)
     groups = gap_groups(visible)
-    gaps = torch.from_numpy(np.arange(m + 1) <= drafts.slots[:, None])
+    gaps = torch.as_tensor(np.arange(m + 1) <= drafts.slots[:, None])
     expected = group_sums(gates.missing, groups, gaps)
     last = np.concatenate([exists & ~is_mask, np.zeros((K, 1), dtype=bool)], axis=1)
     last[np.arange(K), drafts.slots] = True  # the gap before a visible token, or before the end
-    wanted = np.where(last, np.rint(expected.gather(1, groups).float().numpy()), 0).astype(int)
+    wanted = np.where(last, np.rint(expected.gather(1, groups).float().cpu().numpy()), 0).astype(
+        int
+    )
     wanted = np.clip(wanted, 0, MOST)
     kept = (exists & ~remove).sum(axis=1)
     room = np.maximum(model.max_block - kept, 0)[:, None]
@@ -163,10 +170,10 @@ def _draw(
     for start in range(0, len(states), size):
         probs = torch.softmax(model.logits(states[start : start + size]).double(), dim=-1)
         cumulative = probs.cumsum(dim=-1)
-        point = torch.from_numpy(uniforms[start : start + size])[:, None] * cumulative[:, -1:]
+        point = torch.as_tensor(uniforms[start : start + size])[:, None] * cumulative[:, -1:]
         found = torch.searchsorted(cumulative, point, right=True).clamp(max=probs.shape[1] - 1)
-        tokens[start : start + size] = found[:, 0].numpy()
-        sure[start : start + size] = probs.gather(1, found)[:, 0].numpy()
+        tokens[start : start + size] = found[:, 0].cpu().numpy()
+        sure[start : start + size] = probs.gather(1, found)[:, 0].cpu().numpy()
     return tokens, sure
 
 

@@ -61,12 +61,12 @@ class DraftLabels:
 def labels(blocks: Blocks, *, mask_id: int) -> DraftLabels:
     """Align drafts with finished blocks."""
     found = align(blocks.clean, blocks.columns, blocks.text, blocks.slots, mask_id=mask_id)
-    text, slots = torch.from_numpy(blocks.text), torch.from_numpy(blocks.slots)
-    column, missing = torch.from_numpy(found.column), torch.from_numpy(found.missing)
+    text, slots = torch.as_tensor(blocks.text), torch.as_tensor(blocks.slots)
+    column, missing = torch.as_tensor(found.column), torch.as_tensor(found.missing)
     exists = torch.arange(text.shape[1]) < slots[:, None]
     is_mask = (text == mask_id) & exists
     group = gap_groups(exists & ~is_mask)
-    clean = torch.from_numpy(blocks.clean).gather(1, column.clamp(min=0))
+    clean = torch.as_tensor(blocks.clean).gather(1, column.clamp(min=0))
     stands = column >= 0
     target = torch.where(exists & stands & (text != clean), clean, -1)
 
