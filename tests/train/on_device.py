@@ -26,7 +26,7 @@ from tests.decode.runs import AR as AR_DECODER
 from tests.decode.runs import block_config, run, tokens
 from tests.decode.tiny import edit_model, tiny_prompts
 from tests.train.pretend import OnDevice, pretend_device
-from tests.train.test_parallel import AR, DRAFTS, PATH, trainer_of
+from tests.train.test_parallel import AR, DRAFTS, PATH, TOLD, trainer_of
 from tests.train.test_teacher import TAUGHT
 from tests.train.tiny_run import tiny_train, write_rows
 
@@ -37,6 +37,7 @@ STEPS: dict[str, dict[str, Any]] = {
     "pair": PAIR,
     "path": PATH,
     "drafts": DRAFTS,
+    "granularity": TOLD,
     "recomputed": {"checkpoint_activations": True},
 }
 DECODERS = {
