@@ -23,12 +23,23 @@ class ArStrategy(_MaskStrategy):
     kind: Literal["ar"] = "ar"
 
 
+Window = Annotated[
+    int | None,
+    Field(
+        ge=1,
+        description="Only the first so many masks of the block may be filled at a step (sub-blocks "
+        "of Fast-dLLM v2); none lets all.",
+    ),
+]
+
+
 class ThresholdStrategy(_MaskStrategy):
     """Commit every mask whose confidence reaches the threshold, else the surest one (Fast-dLLM)."""
 
     kind: Literal["threshold"] = "threshold"
     threshold: float = Field(default=0.9, ge=0, le=1)
     """Confidence: probability of the chosen token before temperature."""
+    window: Window = None
 
 
 Operation = Literal["fill", "insert", "substitute", "delete"]
@@ -42,6 +53,7 @@ class AbfStrategy(ConfigModel):
     """What may be done; `fill` is always among them."""
     fill: float = Field(default=0.9, ge=0, le=1)
     """Fill masks whose token has this probability before temperature, else the surest one."""
+    window: Window = None
     substitute: float = Field(default=0.5, ge=0, le=1)
     """Exchange a token where P(revise) times the best other token's probability reaches this."""
     delete: float = Field(default=0.5, ge=0, le=1)

@@ -108,6 +108,26 @@ class EditView:
     """[n+1, 3] random numbers in [0, 1) of each slot and gap, for a timed strategy; else [0, 3]."""
 
 
+def sure(
+    view: BlockView, masks: NDArray[np.bool_], *, bar: float, window: int | None
+) -> NDArray[np.bool_]:
+    """[n] masks to fill: those whose token reaches the bar, else the leftmost of the surest.
+
+    Args:
+        view: the block.
+        masks: [n] which may be filled.
+        bar: probability before temperature.
+        window: only the first so many of them count; none counts all.
+    """
+    if window is not None:
+        masks = masks & (masks.cumsum() <= window)
+    confidence = np.where(masks, view.confidence, -1.0)
+    chosen = masks & (confidence >= bar)
+    if masks.any() and not chosen.any():
+        chosen[confidence.argmax()] = True
+    return chosen
+
+
 def pooled(values: FloatArray, is_mask: NDArray[np.bool_]) -> FloatArray:
     """[n+1] sum over each gap's group: a mask inserted in any gap between the same two visible
     tokens gives the same text."""

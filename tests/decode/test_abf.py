@@ -79,6 +79,17 @@ def test_masks_above_the_bar_are_filled_else_the_surest() -> None:
     assert decided(block, fill=0.99) == {"complete": False, "fill": {100: 10}}
 
 
+def test_only_the_first_masks_of_a_window_are_filled() -> None:
+    block = view([MASK, 7, MASK, MASK], best=[0.5, 0.99, 0.6, 0.95])
+    assert decided(block, fill=0.9, window=2) == {"complete": False, "fill": {102: 12}}
+    assert decided(block, fill=0.5, window=2) == {"complete": False, "fill": {100: 10, 102: 12}}
+    assert decided(block, fill=0.9, window=1) == {"complete": False, "fill": {100: 10}}
+    # A mask that is deleted takes no place in it.
+    block = view([MASK, 7, MASK, MASK], best=[0.5, 0.99, 0.6, 0.95], delete=[0.9, 0, 0, 0])
+    found = decided(block, fill=0.9, window=1)
+    assert found == {"complete": False, "delete": [100], "fill": {102: 12}}
+
+
 def test_a_token_is_exchanged_for_the_best_other_one() -> None:
     # Slot 0 holds its likeliest token: the other one, 20, has 0.9 * (1 - 0.4) = 0.54 at most.
     block = view([10, 7, 7], best=[0.4, 0.8, 0.8], revise=[0.99, 0.7, 0.5])

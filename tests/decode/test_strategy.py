@@ -42,8 +42,11 @@ def view(confidence: list[float | None]) -> BlockView:
     )
 
 
-def committed(threshold: float, confidence: list[float | None]) -> dict[int, int]:
-    strategy = build(ThresholdStrategy(threshold=threshold), room="abf.decode.strategy")
+def committed(
+    threshold: float, confidence: list[float | None], window: int | None = None
+) -> dict[int, int]:
+    cfg = ThresholdStrategy(threshold=threshold, window=window)
+    strategy = build(cfg, room="abf.decode.strategy")
     action = strategy.decide(view(confidence), None)
     assert action.bars["FILL"] == threshold
     return dict(zip(action.commit.uids.tolist(), action.commit.tokens.tolist(), strict=True))
@@ -69,12 +72,15 @@ def test_threshold_rule(threshold: float, confidence: list[float | None], slots:
 @given(
     threshold=st.floats(0, 1, width=32),
     confidence=st.lists(st.one_of(st.none(), st.floats(0, 1, width=32)), min_size=1, max_size=20),
+    window=st.none() | st.integers(1, 5),
 )
-def test_threshold_rule_against_its_words(threshold: float, confidence: list[float | None]) -> None:
+def test_threshold_rule_against_its_words(
+    threshold: float, confidence: list[float | None], window: int | None
+) -> None:
     if all(c is None for c in confidence):
         return
-    found = {uid - 100 for uid in committed(threshold, confidence)}
-    masks = {j: c for j, c in enumerate(confidence) if c is not None}
+    found = {uid - 100 for uid in committed(threshold, confidence, window)}
+    masks = dict([(j, c) for j, c in enumerate(confidence) if c is not None][:window])
     passing = {j for j, c in masks.items() if c >= threshold}
     if passing:
         assert found == passing

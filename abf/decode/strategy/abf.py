@@ -22,6 +22,7 @@ from abf.decode.view import (
     RequestMeta,
     Tokens,
     net_missing,
+    sure,
 )
 
 
@@ -49,11 +50,7 @@ class Abf:
         edit = view.edit
         none = np.zeros(len(view.ids), dtype=bool)
         delete = none if edit is None else self._delete(view, edit)
-        masks = view.is_mask & ~delete
-        confidence = np.where(masks, view.confidence, -1.0)
-        fill = masks & (confidence >= self.cfg.fill)
-        if masks.any() and not fill.any():
-            fill[confidence.argmax()] = True
+        fill = sure(view, view.is_mask & ~delete, bar=self.cfg.fill, window=self.cfg.window)
         filled = Tokens(view.uids[fill], view.token[fill])
         if edit is None or set(self.cfg.operations) == {"fill"}:
             # What nothing can change again is locked at once.

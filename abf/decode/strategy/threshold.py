@@ -5,10 +5,8 @@ Source: Fast-dLLM, arXiv 2505.22618, section 3.3 (tau = 0.9 there).
 
 from __future__ import annotations
 
-import numpy as np
-
 from abf.decode.config import ThresholdStrategy
-from abf.decode.view import Action, BlockSummary, BlockView, RequestMeta, Tokens
+from abf.decode.view import Action, BlockSummary, BlockView, RequestMeta, Tokens, sure
 
 
 class Threshold:
@@ -16,18 +14,15 @@ class Threshold:
 
     needs_edits = timed = False
 
-    def __init__(self, threshold: float) -> None:
-        self.threshold = threshold
+    def __init__(self, threshold: float, window: int | None = None) -> None:
+        self.threshold, self.window = threshold, window
 
     def start(self, meta: RequestMeta) -> None:
         """No state."""
 
     def decide(self, view: BlockView, state: None) -> Action:
         """Commit masks with confidence >= threshold; with none, the leftmost surest one."""
-        confidence = np.where(view.is_mask, view.confidence, -1.0)
-        chosen = confidence >= self.threshold
-        if not chosen.any():
-            chosen[confidence.argmax()] = True
+        chosen = sure(view, view.is_mask, bar=self.threshold, window=self.window)
         commit = Tokens(view.uids[chosen], view.token[chosen])
         return Action(commit=commit, bars={"FILL": self.threshold})
 
@@ -37,4 +32,4 @@ class Threshold:
 
 def build(cfg: ThresholdStrategy) -> Threshold:
     """The strategy of its config."""
-    return Threshold(cfg.threshold)
+    return Threshold(cfg.threshold, cfg.window)
