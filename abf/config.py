@@ -164,6 +164,13 @@ class RunConfig(ConfigModel):
                 f"decoders.{name}.reopen={decoder.reopen} reads the AR audit, which a model with "
                 "train.objective.loss.clean_stream 'block_causal' does not give"
             )
+        extent, corruption = decoder.extent, getattr(objective, "corruption", None)
+        late = corruption.late if corruption is not None and corruption.kind == "path" else 0.0
+        if extent is not None and extent.kind == "length_head" and extent.late not in (0, late):
+            raise ValueError(
+                f"decoders.{name}.extent.late={extent.late}, but the length head was trained with "
+                f"train.objective.corruption.late={late}; say that, or 0 for the masks at the start"
+            )
         if not strategy.needs_edits:
             return
         if not (objective.kind == "block" and objective.edits):

@@ -60,6 +60,11 @@ def fault(tmp_path: Path):
         ),
         (
             "train: {objective: {kind: block, corruption: {kind: path, late: 0.3}}}\n"
+            "decoders: {d: {strategy: {kind: abf}, extent: {kind: length_head, late: 0.15}}}",
+            ["decoders.d.extent.late=0.15", "corruption.late=0.3"],
+        ),
+        (
+            "train: {objective: {kind: block, corruption: {kind: path, late: 0.3}}}\n"
             "decoders: {d: {strategy: {kind: path}, extent: {kind: length_head}, "
             "sampler: {temperature: 1.0}}}",
             ["decoders.d.strategy says late=0.15", "corruption says late=0.3, wrong=0.1"],

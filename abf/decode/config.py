@@ -117,6 +117,9 @@ class LengthHeadExtent(ConfigModel):
     kind: Literal["length_head"] = "length_head"
     pick: Literal["sample", "mode"] = "sample"
     """Draw a length, or take the likeliest."""
+    late: float = Field(default=0.0, ge=0, lt=1)
+    """p_D of the corruption that the model was trained with: its head counts the masks at the start
+    of a path, and the block is opened with as many as it has tokens when finished."""
 
 
 Extent = Annotated[FixedExtent | LengthHeadExtent, Field(discriminator="kind")]
@@ -194,6 +197,11 @@ class DecoderConfig(ConfigModel):
                 raise ValueError(
                     f"{name}={value} would be another law than strategy `path` samples"
                 )
+        if self.extent is not None and self.extent.kind == "length_head" and self.extent.late:
+            raise ValueError(
+                f"extent.late={self.extent.late}: strategy `path` starts with the masks of the "
+                "length head and inserts the late ones; leave it at 0"
+            )
         if self.max_steps_per_block < strategy.steps + 2:
             raise ValueError(
                 f"max_steps_per_block={self.max_steps_per_block} cuts the grid of strategy `path` "

@@ -208,6 +208,10 @@ HOT = {"temperature": 1.0, "top_p": 1.0}
         ({"sampler": {"temperature": 0.7}}, "needs sampler.temperature 1"),
         ({"sampler": {"temperature": 1.0, "top_p": 0.9}}, "top_p=0.9"),
         ({"reopen": -1.0}, "reopen=-1.0 would be another law"),
+        (
+            {"extent": {"kind": "length_head", "late": 0.15}},
+            "extent.late=0.15: strategy `path` starts",
+        ),
         ({"max_steps_per_block": 60}, r"needs steps \+ 2 = 66"),
     ],
 )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from typing import Any
 
 import numpy as np
@@ -11,6 +13,7 @@ from hypothesis import strategies as st
 
 from abf.base import build
 from abf.decode.config import FixedExtent, LengthHeadExtent, ThresholdStrategy
+from abf.decode.extent.length_head import finished
 from abf.decode.view import BlockView, ExtentView
 
 
@@ -102,6 +105,30 @@ def test_length_head_inverts_the_distribution() -> None:
     assert np.bincount(lengths, minlength=7).tolist() == [0, 0, 100, 200, 0, 100, 0]
     assert policy.next_extent(extent_view([1.0, 0.0], 0.0)).length == 1
     assert policy.next_extent(extent_view([0.1] * 9, 1 - 1e-16)).length == 9
+
+
+def start_of(law: dict[int, float], late: float, *, most: int, least: int = 1) -> list[float]:
+    """Law of the masks at the start of a path, from its definition: a token is one or is late."""
+    probs = [0.0] * (most + 1)
+    for length, weight in law.items():
+        for masks in range(length + 1):
+            ways = math.comb(length, masks)
+            probs[masks] += weight * ways * (1 - late) ** masks * late ** (length - masks)
+    kept = probs[least:]
+    return [p / sum(kept) for p in kept]
+
+
+@pytest.mark.parametrize("least", [0, 1])
+@pytest.mark.parametrize("law", [{7: 1.0}, {1: 1.0}, {3: 0.3, 9: 0.7}, {2: 0.4, 6: 0.4, 12: 0.2}])
+def test_late_tokens_are_opened_too(law: dict[int, float], least: int) -> None:
+    probs = np.array(start_of(law, 0.15, most=12, least=least))
+    found = finished(probs, least=least, late=0.15)
+    assert found.sum() == pytest.approx(1)
+    nearby = {n: found[max(0, n - 1 - least) : n + 2 - least].sum() for n in law}
+    assert nearby == pytest.approx(law, abs=0.03)
+    mode = build(LengthHeadExtent(pick="mode", late=0.15), room="abf.decode.extent")
+    view = dataclasses.replace(extent_view(probs, 0.5), least=least)
+    assert mode.next_extent(view).length in {n for n in law if law[n] == max(law.values())}
 
 
 def test_length_head_mode_and_fixed() -> None:
