@@ -109,6 +109,7 @@ def base(job: Job, run: StageRun) -> dict[str, Any]:
             run_dir=run.directory,
             label=f"base {job.directory.name}",
             accept=job.accept,
+            peak_tflops=_peak_tflops(job),
         )
     if not result.first:
         return {}
@@ -148,6 +149,7 @@ def train(job: Job, run: StageRun) -> dict[str, Any]:
             run_dir=run.directory,
             label=f"train {job.directory.name}",
             accept=job.accept,
+            peak_tflops=_peak_tflops(job),
         )
     if not result.first:
         return {}
@@ -269,6 +271,12 @@ def _reading(job: Job) -> dict[str, Any]:
         return {"shift": True}
     loss = objective["loss"]
     return {"shift": loss["shift"], "clean_stream": loss["clean_stream"]}
+
+
+def _peak_tflops(job: Job) -> float | None:
+    """What the site says that a rank's device can do, if it says it."""
+    launch = job.launch()
+    return None if launch is None else launch.peak_tflops
 
 
 def run_stage(name: str, path: Path, *, declared: bool = True, accept: Sequence[str] = ()) -> None:

@@ -11,9 +11,10 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from abf.artifacts import read_plan
+from abf.cluster.config import LaunchConfig
 from abf.documents import parse_document
 from abf.errors import ArtifactError
-from abf.instance import origin
+from abf.instance import LAUNCH, origin
 from abf.stage import is_finished
 from abf.stages import CONFIG, stage_dir
 
@@ -92,6 +93,24 @@ class Job:
         if stage == "base" and origin(stage, self.document["config"]):
             return False
         return is_finished(stage, self.directory, inputs=self.all_inputs(), config=config)
+
+    def launch(self) -> LaunchConfig | None:
+        """How it is spread over a cluster, if it is a training.
+
+        Raises:
+            ArtifactError: the file that says so is damaged.
+        """
+        path = self.directory / LAUNCH
+        if not path.exists():
+            return None
+        try:
+            return LaunchConfig.model_validate_json(path.read_bytes())
+        except ValidationError as error:
+            fault = error.errors()[0]
+            where = ".".join(str(key) for key in fault["loc"])
+            raise ArtifactError(
+                f"{path} is damaged ({where}: {fault['msg']}): delete it, and `abf plan` writes it"
+            ) from None
 
     def cores(self) -> int:
         """Processor cores that its work is given, for the ledger."""

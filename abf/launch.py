@@ -19,15 +19,14 @@ from pathlib import Path
 from typing import Any
 
 import submitit
-from pydantic import ValidationError
 from submitit.core.utils import FailedJobError
 
 from abf.cluster import slurm
-from abf.cluster.config import LaunchConfig, SiteConfig
+from abf.cluster.config import SiteConfig
 from abf.cluster.jobs import OVER_BUDGET, job_record, launch_comment, tag, write_job_record
 from abf.cluster.poll import UNKNOWN, JobState, Watch
 from abf.commands import run_stage
-from abf.errors import ArtifactError, BudgetError, ClusterError
+from abf.errors import BudgetError, ClusterError
 from abf.files import atomic_path, lock
 from abf.instance import LAUNCH
 from abf.job import Job
@@ -83,15 +82,9 @@ class Launch:
     def __init__(self, name: str, job: Job, site: SiteConfig) -> None:
         self.name, self.job, self.site = name, job, site
         self.directory, self.place = job.directory, f"{name}/{job.document['key']}"
-        path = job.directory / LAUNCH
-        try:
-            self.plan = LaunchConfig.model_validate_json(path.read_bytes())
-        except ValidationError as error:
-            fault = error.errors()[0]
-            where = ".".join(str(key) for key in fault["loc"])
-            raise ArtifactError(
-                f"{path} is damaged ({where}: {fault['msg']}): delete it, and `abf plan` writes it"
-            ) from None
+        plan = job.launch()
+        assert plan is not None, "only a training is launched"
+        self.plan = plan
         self.watch = Watch(job.results / ".driver", interval=site.poll_seconds)
         self._told = ""
 

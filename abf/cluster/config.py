@@ -41,6 +41,10 @@ class LaunchConfig(ConfigModel):
     """Processes a node, one a GPU; a node's cores are divided among them."""
     minutes: Minutes = 1440
     """Time limit of one job; a longer training requeues itself."""
+    peak_tflops: float | None = Field(default=None, gt=0)
+    """What one rank's device can do at best in the precision of the training, in 1e12 operations a
+    second (an A100 312 in bf16): utilisation (MFU) is counted from it. None: measured at the
+    start."""
 
 
 class BudgetConfig(ConfigModel):

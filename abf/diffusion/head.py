@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from abf.diffusion.flops import count, products
+
 CHUNK = 1 << 25
 """Logits held at once, in elements (128 MiB in fp32)."""
 
@@ -41,6 +43,7 @@ def head_nll(
     grads = torch.is_grad_enabled() and (states.requires_grad or matrix.requires_grad)
     device = states.device.type
     low = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else states.dtype
+    count(products(len(states), matrix.numel()))
     total, nll = _HeadNll.apply(states, matrix, target, weight, low, grads)
     return total, nll
 
@@ -111,6 +114,7 @@ def head_reads(
     """
     device = states.device.type
     low = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else states.dtype
+    count(products(len(states), matrix.numel()))
     return _HeadReads.apply(states, matrix, tokens, mix, low)
 
 

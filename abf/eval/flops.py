@@ -1,7 +1,8 @@
 """Modelled forward FLOPs of a decode, from its event log: a measure no machine or batch can move.
 
 notes/decoding.md section 8: sum over forward passes of 2 * active parameters * queries, plus
-4 * layers * width * queries * keys for attention, cached keys included. Active parameters are those
+4 * layers * width * queries * keys for attention, cached keys included, as `abf.diffusion.flops`
+counts a training (where rows that nobody reads are spared). Active parameters are those
 a row is multiplied with: all matrices of the layers and the output head (counted for every row; the
 input embedding is a look-up). Prefill is left out, as in NFE.
 """
@@ -13,7 +14,8 @@ from dataclasses import dataclass
 import pyarrow as pa
 
 from abf.decode.events import CLOSING
-from abf.model.transformer import Transformer
+from abf.diffusion.flops import attention, products
+from abf.model.transformer import Transformer, matrix_weights
 
 
 @dataclass(frozen=True)
@@ -29,18 +31,15 @@ class Passes:
 
 def active_parameters(model: Transformer) -> int:
     """Parameters that every row is multiplied with."""
-    matrices = sum(p.numel() for p in model.layers.parameters() if p.dim() == 2)
-    return matrices + model.head_weight.numel()
+    return matrix_weights(model.layers) + model.head_weight.numel()
 
 
 def forward_flops(model: Transformer, passes: Passes) -> float:
     """FLOPs of one request's forward passes."""
     config = model.config
     width = config.heads * config.head_dim
-    return (
-        2.0 * active_parameters(model) * passes.positions
-        + 4.0 * config.layers * width * passes.pairs
-    )
+    rows = products(passes.positions, active_parameters(model))
+    return rows + attention(passes.pairs, width, config.layers)
 
 
 def passes_from_log(events: pa.Table, *, ends: bool = False) -> dict[int, Passes]:

@@ -11,11 +11,13 @@ Who may see whom is not known here: it comes in as an `Attend`.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from abf.diffusion.flops import attention, count, is_counted, products
 from abf.diffusion.policy.gates import EDITS
 from abf.model.attention import Attend, RangeAttend
 from abf.model.config import AttentionBackend, ModelConfig
@@ -256,13 +258,29 @@ class Transformer(nn.Module):
             # Only padding lies beyond the table: the engine and the training step refuse real rows.
             x = x + self.position_embedding(positions.clamp(max=self.config.max_positions - 1))
         cos, sin = rotation(positions, self.rope, stretch=rope_stretch(self.config))
+        if is_counted() and isinstance(attend, RangeAttend):
+            self._count(attend.ranges, rows)
         last = len(self.layers) - 1
         for number, layer in enumerate(self.layers):
             x = layer(x, cos, sin, number, attend, rows if number == last else None)
         return self.norm(x)
 
+    def _count(self, ranges: Tensor, rows: Tensor | None) -> None:
+        """Count the layers over slots that see something; padding does not."""
+        seen = (ranges[..., 1::2] - ranges[..., ::2]).sum(dim=-1)
+        sent = int((seen > 0).sum())
+        unread = 0 if rows is None else sent - rows.unique().numel()
+        last: Any = self.layers[-1]
+        width = self.config.heads * self.config.head_dim
+        count(
+            products(sent, matrix_weights(self.layers))
+            - products(unread, matrix_weights(last.attention.o) + matrix_weights(last.mlp))
+            + attention(int(seen.sum()), width, len(self.layers))
+        )
+
     def logits(self, hidden: Tensor) -> Tensor:
         """[..., d] -> [..., V]."""
+        count(products(hidden.shape[:-1].numel(), self.head_weight.numel()))
         return F.linear(hidden, self.head_weight)
 
     def length_logits(self, hidden: Tensor, granularity: Tensor | None = None) -> Tensor:
@@ -290,3 +308,8 @@ class Transformer(nn.Module):
 def _rows_or_zero(table: Tensor, number: Tensor) -> Tensor:
     """[n, d] and [...] in -1..n-1 -> [..., d]: a row of the table, zeros for -1."""
     return F.embedding(number + 1, F.pad(table, (0, 0, 1, 0)))
+
+
+def matrix_weights(module: nn.Module) -> int:
+    """Weights that every row through a module is multiplied with: all but vectors."""
+    return sum(p.numel() for p in module.parameters() if p.dim() == 2)

@@ -30,6 +30,7 @@ from abf.model.transformer import Transformer
 from abf.train import checkpoint
 from abf.train.config import TrainConfig
 from abf.train.parallel import World, world
+from abf.train.peak import Peak, peak
 from abf.train.record import Recorder
 from abf.train.runtime import differences, environment, settings
 from abf.train.saver import Saver
@@ -77,6 +78,7 @@ def train(
     run_dir: Path,
     label: str,
     accept: Collection[str] = (),
+    peak_tflops: float | None = None,
 ) -> TrainResult:
     """Train to the end, from the newest whole checkpoint when there is one.
 
@@ -89,6 +91,7 @@ def train(
         run_dir: folder of checkpoints and journal; the caller holds its lock.
         label: name of the run in progress lines.
         accept: keys that may differ from the checkpoint's, as the refusal names them.
+        peak_tflops: what a rank's device can do at best, 1e12 FLOPs a second; none measures it.
 
     Raises:
         ConfigError: settings that cannot be run.
@@ -113,7 +116,8 @@ def train(
             "packed": _fingerprint(packed),
         }
         trainer = Trainer(cfg, seed=seed, model=model, packed=packed, world=ranks)
-        with _Run(trainer, record, run_dir, identity) as run:
+        best = peak(cfg.precision, given_tflops=peak_tflops)
+        with _Run(trainer, record, run_dir, identity, best) as run:
             run.resume(accept)
             while run.done < trainer.steps and not ranks.any(
                 stop.signal is not None or run.saver.failed
@@ -139,9 +143,14 @@ class _Run:
     """Where a run stands, and how it goes on."""
 
     def __init__(
-        self, trainer: Trainer, record: Recorder, run_dir: Path, identity: dict[str, Any]
+        self,
+        trainer: Trainer,
+        record: Recorder,
+        run_dir: Path,
+        identity: dict[str, Any],
+        best: Peak,
     ) -> None:
-        self.trainer, self.record, self.run_dir = trainer, record, run_dir
+        self.trainer, self.record, self.run_dir, self.best = trainer, record, run_dir, best
         self.identity = identity
         self.environment = environment(
             device=trainer.device,
@@ -181,7 +190,10 @@ class _Run:
         elif damaged:
             self.record.warn("from_scratch", "no checkpoint is whole: starting from step 0")
         ranks.barrier()
-        self.record.begin(step=self.done, steps=self.trainer.steps, window=window)
+        self.record.begin(
+            step=self.done, steps=self.trainer.steps, window=window,
+            peak=self.best.flops * ranks.size,
+        )  # fmt: skip
         self.record.event(
             "start" if found is None else "resume",
             step=self.done,
@@ -189,6 +201,8 @@ class _Run:
             seed=self.trainer.seed,
             parameters=sum(p.numel() for p in self.trainer.optimiser.parameters.values()),
             environment=self.environment,
+            peak_flops=self.best.flops,
+            peak_source=self.best.source,
         )
         if found is not None:
             self._check_environment(found)

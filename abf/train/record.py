@@ -7,6 +7,7 @@ writes. Values are nats, tokens are clean row slots.
 
 from __future__ import annotations
 
+import resource
 import sys
 import time
 from collections.abc import Mapping
@@ -17,6 +18,7 @@ from typing import Any
 from abf.diffusion.policy.watch import summary
 from abf.track.journal import Journal
 from abf.track.progress import Progress
+from abf.train.lengths import shares
 from abf.train.step import StepResult
 
 JOURNAL = "journal.jsonl"
@@ -31,16 +33,27 @@ class Recorder:
         """Sums over the steps since the last record."""
         self._journal = Journal(run_dir / JOURNAL) if active else None
         self._progress: Progress | None = None
-        self._tokens = 0
+        self._peak = 0.0
+        self._tokens = self._flops = 0.0
         self._since = time.monotonic()
 
-    def begin(self, *, step: int, steps: int, window: Mapping[str, float]) -> None:
-        """Start counting at `step`; drop what an earlier attempt recorded beyond it."""
+    def begin(
+        self, *, step: int, steps: int, window: Mapping[str, float], peak: float = 0.0
+    ) -> None:
+        """Start counting at `step`; drop what an earlier attempt recorded beyond it.
+
+        Args:
+            step: steps done.
+            steps: of the whole run.
+            window: sums since the last record before it.
+            peak: FLOPs a second of all ranks' devices together; without it no utilisation is told.
+        """
+        self._peak = peak
         self.window = dict(window)
         if self._journal is not None:
             self._journal.cut(step)
             self._progress = Progress(self.label, steps, unit="step", initial=step)
-        self._tokens, self._since = 0, time.monotonic()
+        self._restart()
 
     def step(self, result: StepResult, *, tokens: int) -> None:
         """Take in what a step of `tokens` clean tokens measured."""
@@ -55,13 +68,32 @@ class Recorder:
         }
         self.window = {name: self.window.get(name, 0) + value for name, value in measured.items()}
         self._tokens += tokens
+        self._flops += result.flops
         if self._progress is not None:
             figures: dict[str, Any] = {"loss": result.loss, "tokens/s": f"{self.rate():.0f}"}
             self._progress.update(1, **figures)
 
     def rate(self) -> float:
         """Clean tokens a second since the last record."""
-        return self._tokens / max(time.monotonic() - self._since, 1e-9)
+        return self._tokens / self._seconds()
+
+    def clocks(self) -> dict[str, float]:
+        """What depends on the machine: tokens and model FLOPs a second since the last record, MFU
+        (these FLOPs as a share of the peak), and the most memory this rank has held, 1e9 bytes."""
+        flops = self._flops / self._seconds()
+        found = {
+            "tokens_per_s": self.rate(),
+            "flops_per_s": flops,
+            "peak_memory_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9,
+        }
+        return found | ({"mfu": flops / self._peak} if self._peak else {})
+
+    def _seconds(self) -> float:
+        return max(time.monotonic() - self._since, 1e-9)
+
+    def _restart(self) -> None:
+        self._tokens = self._flops = 0.0
+        self._since = time.monotonic()
 
     def metrics(
         self, *, step: int, tokens: int, wall_s: float, values: Mapping[str, float]
@@ -71,11 +103,11 @@ class Recorder:
             self._journal.metrics(
                 step,
                 tokens,
-                {**averages(self.window), **values, "tokens_per_s": self.rate()},
+                {**averages(self.window), **values, **self.clocks()},
                 wall_s,
             )
         self.window = {}
-        self._tokens, self._since = 0, time.monotonic()
+        self._restart()
 
     def event(self, name: str, **fields: Any) -> None:
         """Record an event."""
@@ -112,7 +144,8 @@ def averages(window: Mapping[str, float]) -> dict[str, float]:
     """Metrics of a window: loss and gradient norm a step, the terms in nats per charged token.
 
     `length` is divided by tokens too, not by blocks: nelbo + length is then the bound on text and
-    cuts together. Heads that are watched: recall, precision, calibration over the window.
+    cuts together. Heads that are watched: recall, precision, calibration over the window; blocks:
+    the share of every bin of lengths.
     """
     tokens = max(window["tokens"], 1)
     values = {name: window[name] / window["steps"] for name in ("loss", "grad_norm")}
@@ -121,4 +154,4 @@ def averages(window: Mapping[str, float]) -> dict[str, float]:
             values[name] = window[f"{name}.sum"] / tokens
     if "nelbo.sum" in window:
         values["masked_share"] = window["masked"] / tokens
-    return values | summary(window)
+    return values | summary(window) | shares(window)

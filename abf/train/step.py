@@ -20,6 +20,7 @@ from abf.artifacts import PIECES, read_table
 from abf.data.loader import PackedBatch, PackedRows, row_indices
 from abf.diffusion.corrupt.base import Corrupter, Noised, build_corruption
 from abf.diffusion.corrupt.path import PathNoised
+from abf.diffusion.flops import counting
 from abf.diffusion.loss import Term, count_terms, term_weights
 from abf.diffusion.policy.watch import COMPLETE_COUNTS, EDIT_COUNTS
 from abf.diffusion.regroup import regroup
@@ -27,12 +28,15 @@ from abf.errors import ArtifactError, ConfigError, DivergenceError
 from abf.model.transformer import Transformer
 from abf.train.config import TrainConfig
 from abf.train.forward import Losses
+from abf.train.lengths import bin_names, count_lengths
 from abf.train.optim import Optimiser, learning_rate
 from abf.train.parallel import World
 from abf.train.shard import ShardedOptimiser, enter, shard
 
 WATCHED = {"edit": EDIT_COUNTS, "complete": COMPLETE_COUNTS}
 """What the terms that watch heads count."""
+FLOPS = "flops"
+"""Name of the sum of model FLOPs."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +54,10 @@ class StepResult:
     masked: int
     """Masked ones of them; 0 for the AR objective."""
     watch: dict[str, float]
-    """Counts of how well the edit heads do (`abf.diffusion.policy.watch`); empty without them."""
+    """Counts of how well the edit heads do (`abf.diffusion.policy.watch`), and of the lengths of
+    blocks (`abf.train.lengths`); what there is of them."""
+    flops: float
+    """Model FLOPs, forward and backward (`abf.diffusion.flops`)."""
     grad_norm: float
     """Global norm before clipping."""
     lr: float
@@ -90,6 +97,9 @@ class Trainer:
         self.loss = cfg.objective.loss if cfg.objective.kind == "block" else None
         self.weights = term_weights(self.loss)
         self.watched = [name for term in self.weights for name in WATCHED.get(term, ())]
+        self.bins = [] if self.loss is None else bin_names(model.max_block)
+        self.totals = [*self.weights, "masked", *self.watched, *self.bins, FLOPS]
+        """What a step adds up over micro-batches and ranks."""
         self._corruptions: dict[float, Corrupter] = {}
         """By the end of their stage."""
         self.losses = Losses(model, cfg, self.loss)
@@ -116,7 +126,8 @@ class Trainer:
         lr = learning_rate(number, steps=self.steps, cfg=self.cfg.optim)
         self.optimiser.step(lr)
         tokens = counts["nelbo" if "nelbo" in counts else "ar"]
-        return StepResult(loss, sums, counts, tokens, masked, watch, norm, lr)
+        flops = watch.pop(FLOPS)
+        return StepResult(loss, sums, counts, tokens, masked, watch, flops, norm, lr)
 
     def gradients(
         self, number: int
@@ -124,8 +135,8 @@ class Trainer:
         """Fill the gradient buffer for step `number`, summed over micro-batches and ranks.
 
         Returns:
-            sum of each term (nats), count of each term, masked tokens, counts of the heads that are
-            watched; all over all ranks.
+            sum of each term (nats), count of each term, masked tokens, and counts of what else is
+            watched: heads, lengths of blocks, FLOPs; all over all ranks.
         """
         everywhere = self.row_indices(number)
         rows, epochs = (each[self.part] for each in everywhere)
@@ -139,6 +150,9 @@ class Trainer:
 
         self.optimiser.zero_grad()
         totals = self._nothing()
+        if self.bins:
+            lengths = count_lengths(batch, self.model.max_block)
+            totals[-1 - len(self.bins) : -1] = torch.from_numpy(lengths).to(self.device)
         size = self.cfg.micro_rows or len(rows)
         for start in range(0, self.most_rows if self.sharded else len(rows), size):
             part = slice(start, start + size)
@@ -151,12 +165,10 @@ class Trainer:
                 self._micro_batch(*self._filler(*everywhere), counts, corruption, share=0.0)
         self._local = totals.cpu()
         self.optimiser.sum_gradients(self.world)
-        found = self.world.sum_(self._local.clone()).tolist()
-        sums, masked, watch = found[: len(names)], found[len(names)], found[len(names) + 1 :]
-        return (
-            dict(zip(names, sums, strict=True)), counts, int(masked),
-            dict(zip(self.watched, watch, strict=True)),
-        )  # fmt: skip
+        summed = self.world.sum_(self._local.clone()).tolist()
+        found = dict(zip(self.totals, summed, strict=True))
+        sums, masked = {name: found.pop(name) for name in names}, found.pop("masked")
+        return sums, counts, int(masked), found
 
     def row_indices(self, number: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Rows of step `number` over all ranks, and how often each was seen before."""
@@ -223,21 +235,23 @@ class Trainer:
                 if corruption is None
                 else corruption.apply(batch, seed=self.seed, epochs=epochs, draw=view)
             )
-            loss, terms, noised = self.losses(
-                batch, noised, counts, ("nelbo", "distil") if view else None,
-                (self.seed, epochs), taught,
-            )  # fmt: skip
+            with counting() as done:
+                loss, terms, noised = self.losses(
+                    batch, noised, counts, ("nelbo", "distil") if view else None,
+                    (self.seed, epochs), taught,
+                )  # fmt: skip
             if self.sharded:
                 # FSDP2 takes the mean over ranks; gloo knows no other (notes/feasibility.md §3).
                 loss = enter(loss * (share * self.world.size), self.model)
             loss.backward()
-            totals += self._measured(terms, noised)
+            measured = self._measured(terms, noised)
+            totals[: len(measured)] += measured
+            totals[-1] += done.flops * (share > 0)  # a filler's passes serve nobody
         return totals
 
     def _nothing(self) -> torch.Tensor:
-        """Zeros for what `_measured` gives, on the device: they are fetched once a step."""
-        size = len(self.weights) + 1 + len(self.watched)
-        return torch.zeros(size, dtype=torch.float64, device=self.device)
+        """Zeros to add up on, on the device: they are fetched once a step."""
+        return torch.zeros(len(self.totals), dtype=torch.float64, device=self.device)
 
     def _measured(self, terms: dict[str, Term], noised: Noised | PathNoised | None) -> torch.Tensor:
         """Sums of the terms, masked tokens, and counts of what is watched."""

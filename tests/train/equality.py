@@ -14,7 +14,7 @@ from abf.track.journal import read_journal
 from abf.train import checkpoint
 from abf.train.checkpoint import Checkpoint
 
-CLOCKS = ("tokens_per_s",)
+CLOCKS = ("tokens_per_s", "flops_per_s", "mfu", "peak_memory_gb")
 
 
 def read(found: Checkpoint) -> dict[str, Tensor]:

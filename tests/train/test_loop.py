@@ -41,6 +41,7 @@ def test_a_run_records_what_it_did(whole_run: tuple[Path, TrainResult]) -> None:
         "lr",
         "masked_share",
         "mask_embedding_norm",
+        *(f"block_length_{name}" for name in ("1", "2", "3_4", "5_8", "mean")),
     }
     assert events(directory) == ["start", *["checkpoint"] * 4, "finished"]
     start = read_journal(directory / "journal.jsonl")[0]

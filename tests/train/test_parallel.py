@@ -91,12 +91,13 @@ def test_two_ranks_have_the_gradients_of_one(tmp_path: Path) -> None:
     start_processes(write_gradients, (tmp_path,), nprocs=2, start_method="spawn")
     for number, changes in enumerate(SETTINGS):
         one = trainer_of(packed, changes)
-        sums, counts, masked, _ = one.gradients(1)
+        sums, counts, masked, watch = one.gradients(1)
         first, second = (torch.load(tmp_path / f"{number}.{rank}.pt") for rank in (0, 1))
         assert first["found"] == second["found"]
         assert torch.equal(first["gradients"], second["gradients"])
         assert first["found"][0] == pytest.approx(sums, rel=1e-6)
         assert first["found"][1:3] == (counts, masked)
+        assert first["found"][3] == pytest.approx(watch, rel=1e-6)
         expected = one.optimiser.gradients
         torch.testing.assert_close(first["gradients"], expected, rtol=1e-4, atol=1e-6)
         assert first["norm"] == second["norm"]

@@ -83,7 +83,7 @@ def long_training(project: Project, tokens: int) -> Path:
 def curve(directory: Path) -> list[tuple[object, ...]]:
     """Deterministic metrics of a finished run."""
     rows = pq.read_table(directory / "metrics.parquet").to_pylist()
-    timed = {"tokens_per_s", "wall_s"}
+    timed = {"tokens_per_s", "flops_per_s", "mfu", "peak_memory_gb", "wall_s"}
     return [(r["step"], r["tokens"], r["name"], r["value"]) for r in rows if r["name"] not in timed]
 
 
