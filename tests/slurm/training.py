@@ -12,16 +12,13 @@ from abf.artifacts import METRICS, read_table
 from abf.track.attempts import read_attempts
 from tests.slurm.daemons import wait_for
 from tests.slurm.micro import Study
+from tests.train.equality import CLOCKS
 
 
 def curve(directory: Path) -> dict[tuple, float]:
     """Every metric of every step, but those of the clock."""
     rows = read_table(directory / "metrics.parquet", METRICS).to_pylist()
-    return {
-        (row["step"], row["name"]): row["value"]
-        for row in rows
-        if not row["name"].endswith(("_per_s", "seconds"))
-    }
+    return {(row["step"], row["name"]): row["value"] for row in rows if row["name"] not in CLOCKS}
 
 
 def job_id(directory: Path) -> str | None:

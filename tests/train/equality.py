@@ -15,6 +15,7 @@ from abf.train import checkpoint
 from abf.train.checkpoint import Checkpoint
 
 CLOCKS = ("tokens_per_s", "flops_per_s", "mfu", "peak_memory_gb")
+"""Metrics that tell of the machine, not of the training."""
 
 
 def read(found: Checkpoint) -> dict[str, Tensor]:

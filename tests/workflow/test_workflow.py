@@ -20,6 +20,7 @@ import pytest
 from abf.artifacts import LEDGER, METRICS, SCORES, check_schema, read_manifest
 from abf.stages import STAGES
 from abf.track.attempts import read_attempts
+from tests.train.equality import CLOCKS
 from tests.workflow.conftest import GRID, RUN, Project, write_study
 
 
@@ -83,8 +84,9 @@ def long_training(project: Project, tokens: int) -> Path:
 def curve(directory: Path) -> list[tuple[object, ...]]:
     """Deterministic metrics of a finished run."""
     rows = pq.read_table(directory / "metrics.parquet").to_pylist()
-    timed = {"tokens_per_s", "flops_per_s", "mfu", "peak_memory_gb", "wall_s"}
-    return [(r["step"], r["tokens"], r["name"], r["value"]) for r in rows if r["name"] not in timed]
+    return [
+        (r["step"], r["tokens"], r["name"], r["value"]) for r in rows if r["name"] not in CLOCKS
+    ]
 
 
 def weights(directory: Path) -> bytes:
