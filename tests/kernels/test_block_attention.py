@@ -228,6 +228,21 @@ def test_a_plan_covers_what_is_seen_and_masks_what_is_not(rows, columns, monkeyp
         assert keys[-1] < used.max() + columns
 
 
+def test_tiles_keep_to_a_document_unless_it_is_short():
+    """Documents of 200, 10, 90 and 30 tokens; a row of one tile is not filled up."""
+    document_id = torch.arange(4).repeat_interleave(torch.tensor([200, 10, 90, 30]))[None]
+    found = plan.plan_tiles(causal_ranges(document_id), 330, 128)[0]
+    assert [(tile.start, tile.end, tile.height) for tile in found] == [
+        (0, 128, 128),
+        (128, 200, 96),
+        (200, 300, 128),
+        (300, 330, 32),
+    ]
+    assert found[2].spans == [(200, 328)]  # 100 keys, filled up to 128
+    alone = plan.plan_tiles(causal_ranges(document_id[:, :90]), 90, 128)[0]
+    assert [(tile.start, tile.end, tile.height) for tile in alone] == [(0, 90, 90)]
+
+
 @pytest.mark.parametrize(("n_queries", "n_keys"), [(3, 200), (200, 3), (0, 4), (4, 0)])
 def test_more_queries_than_keys_and_fewer(n_queries, n_keys, backend):
     last = torch.arange(n_queries) * n_keys // max(n_queries, 1)

@@ -6,6 +6,7 @@ but the number of key columns. Letters: B batch, M queries, N keys.
 
 from __future__ import annotations
 
+import itertools
 from typing import NamedTuple
 
 import torch
@@ -14,6 +15,8 @@ from torch import Tensor
 # Key columns come in multiples of this: oneDNN compiles a bfloat16 GEMM anew for every new shape
 # (0.3-1 ms, as long as the GEMM itself), and variable blocks would make every shape new.
 COLUMNS = 64
+HEIGHT = 32  # likewise; a tile that is a batch row's only one stays as small as it is
+FEWEST = 48  # queries of a tile, if there are as many: its calls alone cost as much as 100 columns
 
 
 class Run(NamedTuple):
@@ -30,6 +33,7 @@ class Tile(NamedTuple):
 
     start: int
     end: int
+    height: int  # queries, those included that fill it up
     columns: int
     spans: list[tuple[int, int]]
     masked: list[Run]
@@ -40,31 +44,71 @@ _Piece = tuple[int, int, tuple[int, ...]]
 
 
 def plan_tiles(ranges: Tensor, n_keys: int, rows: int) -> list[list[Tile]]:
-    """For each batch row of ranges [B,M,4], its tiles of `rows` queries (fewer in the last)."""
+    """For each batch row of ranges [B,M,4], its tiles of at most `rows` queries."""
     batch, n_queries, _ = ranges.shape
-    n_tiles = -(-n_queries // rows)
-    if n_queries % rows:  # repeat the last row: that changes no extreme
-        index = torch.arange(n_tiles * rows, device=ranges.device).clamp_(max=n_queries - 1)
-        ranges = ranges[:, index]
-    start, end = ranges.reshape(batch, n_tiles, rows, 2, 2).unbind(-1)
+    edges = _edges(ranges[..., 0], rows)
+    sizes = [end - start for row in edges for start, end in itertools.pairwise(row)]
+    # [B*M,2] number of the tile that each query is in, over all batch rows.
+    tile = torch.arange(len(sizes), device=ranges.device).repeat_interleave(
+        torch.tensor(sizes, dtype=torch.int64, device=ranges.device), output_size=batch * n_queries
+    )
+    tile = tile[:, None].expand(-1, 2)
+    start, end = ranges.reshape(-1, 2, 2).long().unbind(-1)
     # An empty range must not widen the span, and leaves no key that every query sees.
     empty = start >= end
     start, end = start.masked_fill(empty, n_keys), end.masked_fill(empty, 0)
-    bounds = torch.stack((start.amin(2), start.amax(2), end.amin(2), end.amax(2)), -1)
+    bounds = [
+        torch.zeros(len(sizes), 2, dtype=torch.int64, device=ranges.device).scatter_reduce_(
+            0, tile, values, kind, include_self=False
+        )
+        for values, kind in ((start, "amin"), (start, "amax"), (end, "amin"), (end, "amax"))
+    ]
+    found = iter(torch.stack(bounds, -1).tolist())
     return [
         [
-            _plan_tile(t * rows, min((t + 1) * rows, n_queries), tile_bounds, n_keys)
-            for t, tile_bounds in enumerate(row_bounds)
+            _plan_tile(start, end, 1 if len(row) == 2 else HEIGHT, next(found), n_keys)
+            for start, end in itertools.pairwise(row)
         ]
-        for row_bounds in bounds.tolist()
+        for row in edges
     ]
 
 
-def _plan_tile(row_start: int, row_end: int, bounds: list[list[int]], n_keys: int) -> Tile:
+def _edges(first: Tensor, rows: int) -> list[list[int]]:
+    """Where the tiles of each batch row begin and end.
+
+    Queries with the same first key [B,M] (a document's, of one stream) are cut into like tiles of
+    at most `rows`; less than FEWEST of them go with what follows.
+    """
+    batch, n_queries = first.shape
+    changes: list[list[int]] = [[] for _ in range(batch)]
+    for row, query in (first[:, 1:] != first[:, :-1]).nonzero().tolist():
+        changes[row].append(query + 1)
+    edges = []
+    for ends in changes:
+        cuts = [0]
+        for end in [*ends, n_queries]:
+            size = end - cuts[-1]
+            if size >= min(FEWEST, rows) or end == n_queries:
+                parts = max(1, -(-size // rows))
+                step = max(1, min(rows, _up(-(-size // parts), HEIGHT)))
+                cuts += [*range(cuts[-1] + step, end, step), end]
+        edges.append(cuts)
+    return edges
+
+
+def _up(number: int, step: int) -> int:
+    """The next multiple of `step`."""
+    return -(-number // step) * step
+
+
+def _plan_tile(
+    row_start: int, row_end: int, step: int, bounds: list[list[int]], n_keys: int
+) -> Tile:
     """Bounds: for each of the two ranges [first start, last start, first end, last end]."""
+    height = _up(row_end - row_start, step)
     used = [which for which in (0, 1) if bounds[which][0] < bounds[which][3]]
     if not used:
-        return Tile(row_start, row_end, 0, [], [])
+        return Tile(row_start, row_end, height, 0, [], [])
     used.sort(key=lambda which: bounds[which][0])
     low, high = bounds[used[0]][0], bounds[used[-1]][3]
     pieces: list[_Piece] = []
@@ -87,7 +131,7 @@ def _plan_tile(row_start: int, row_end: int, bounds: list[list[int]], n_keys: in
         if which:
             masked.append(Run(column, column + key_end - key, key, which))
         column += key_end - key
-    return Tile(row_start, row_end, column, spans, masked)
+    return Tile(row_start, row_end, height, column, spans, masked)
 
 
 def _cut(which: int, low: int, full_low: int, full_high: int, high: int) -> list[_Piece]:

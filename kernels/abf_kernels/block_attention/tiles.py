@@ -15,6 +15,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
 
 from abf_kernels.block_attention.plan import Run, Tile, plan_tiles
 
@@ -48,12 +49,15 @@ class _Step:
     def queries(self, x: Tensor) -> Tensor:
         """[B,H,M,X] -> contiguous [g,R*T,X]; oneDNN takes twice as long over strided batches."""
         part = x[self.row, self.heads, self.tile.start : self.tile.end]
+        if missing := self.tile.height - part.shape[1]:
+            # Zeros: the gradient of such a query is zero, and so is what it adds to its keys'.
+            part = F.pad(part, (0, 0, 0, missing))
         return part.reshape(*self.shape[:2], x.shape[-1]).contiguous()
 
     def put(self, x: Tensor, value: Tensor) -> None:
         """Write [g,R*T,X] into x [B,H,M,X]."""
         part = x[self.row, self.heads, self.tile.start : self.tile.end]
-        part.copy_(value.view(part.shape))
+        part.copy_(value.view(len(part), self.tile.height, -1)[:, : part.shape[1]])
 
     def keys(self, x: Tensor) -> Tensor:
         """[B,G,N,D] -> contiguous [g,S,D]."""
@@ -70,9 +74,9 @@ class _Step:
 
     def mask(self, scores: Tensor) -> None:
         """Push the scores [g,R*T,S] of invisible keys far down, in place."""
-        by_head = scores.view(-1, self.tile.end - self.tile.start, self.tile.columns)
+        by_head = scores.view(-1, self.tile.height, self.tile.columns)
         for run, bias in zip(self.tile.masked, self.biases, strict=True):
-            by_head[:, :, run.start : run.end] += bias
+            by_head[:, : len(bias), run.start : run.end] += bias
 
 
 class _Work:
@@ -97,7 +101,7 @@ class _Work:
                 if not tile.columns:
                     continue
                 biases = [self._bias(row, tile, run) for run in tile.masked]
-                rows, parts = self.repeat * (tile.end - tile.start), self._parts(tile)
+                rows, parts = self.repeat * tile.height, self._parts(tile)
                 for part in range(parts):
                     first = part * self.kv_heads // parts
                     last = (part + 1) * self.kv_heads // parts
@@ -117,7 +121,7 @@ class _Work:
         )
 
     def _head_scores(self, tile: Tile) -> int:
-        return self.repeat * (tile.end - tile.start) * tile.columns
+        return self.repeat * tile.height * tile.columns
 
     def _parts(self, tile: Tile) -> int:
         """Into how many groups the kv heads are split so that a group's scores fit SCRATCH."""
