@@ -20,8 +20,13 @@ from abf.model.config import AttentionBackend
 class Attend(Protocol):
     """Attention of one layer."""
 
-    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """q [B, H, M, D], k and v [B, G, M, D] -> [B, H, M, D]."""
+    def __call__(
+        self, layer: int, q: Tensor, k: Tensor, v: Tensor, rows: Tensor | None = None
+    ) -> Tensor:
+        """q [B, H, M, D], k and v [B, G, M, D] -> [B, H, M, D].
+
+        With `rows` [R] int64, of the only batch row: q [1, H, R, D] -> [1, H, R, D].
+        """
         ...
 
 
@@ -38,8 +43,11 @@ class RangeAttend:
         self.ranges = ranges
         self.backend: AttentionBackend = backend
 
-    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return block_attention(q, k, v, self.ranges, backend=self.backend)
+    def __call__(
+        self, layer: int, q: Tensor, k: Tensor, v: Tensor, rows: Tensor | None = None
+    ) -> Tensor:
+        ranges = self.ranges if rows is None else self.ranges[:, rows]
+        return block_attention(q, k, v, ranges, backend=self.backend)
 
 
 class CacheAttend:
@@ -87,8 +95,11 @@ class CacheAttend:
         )
         return ranges * (row < valid).unsqueeze(-1)
 
-    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def __call__(
+        self, layer: int, q: Tensor, k: Tensor, v: Tensor, rows: Tensor | None = None
+    ) -> Tensor:
         if self._ranges is None:
-            self._ranges = self.ranges(q.shape[2])
+            self._ranges = self.ranges(k.shape[2])
+        ranges = self._ranges if rows is None else self._ranges[:, rows]
         keys, values = self.cache.write(layer, k, v)
-        return block_attention(q, keys, values, self._ranges, backend=self.backend)
+        return block_attention(q, keys, values, ranges, backend=self.backend)

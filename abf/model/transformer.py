@@ -10,6 +10,7 @@ Who may see whom is not known here: it comes in as an `Attend`.
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
@@ -57,18 +58,25 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else None
         self.k_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else None
 
-    def mix(self, x: Tensor, cos: Tensor, sin: Tensor, layer: int, attend: Attend) -> Tensor:
-        """[B, M, d] -> [B, M, H*D]: what the heads gather, before the output projection."""
+    def mix(
+        self, x: Tensor, cos: Tensor, sin: Tensor, layer: int, attend: Attend, rows: Tensor | None
+    ) -> Tensor:
+        """[B, M, d] -> [B, M, H*D] before the output projection; [1, R, H*D] if only `rows` ask."""
         B, M, _ = x.shape
-        q = self.q(x).view(B, M, self.heads, self.head_dim)
+        asking = x if rows is None else x.index_select(1, rows)
+        q = self.q(asking).view(B, -1, self.heads, self.head_dim)
         k = self.k(x).view(B, M, self.kv_heads, self.head_dim)
         v = self.v(x).view(B, M, self.kv_heads, self.head_dim)
         if self.q_norm is not None and self.k_norm is not None:
             # Norms answer in fp32 under autocast; the seam and the cache want one dtype.
             q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        k = rotate(k, cos, sin)
+        if rows is not None:
+            cos, sin = cos[:, rows], sin[:, rows]
+            attend = functools.partial(attend, rows=rows)
+        q = rotate(q, cos, sin)
         mixed = attend(layer, q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
-        return mixed.transpose(1, 2).reshape(B, M, self.heads * self.head_dim)
+        return mixed.transpose(1, 2).reshape(B, -1, self.heads * self.head_dim)
 
 
 class SwiGLU(nn.Module):
@@ -110,9 +118,12 @@ class Layer(nn.Module):
         self, x: Tensor, cos: Tensor, sin: Tensor, layer: int, attend: Attend, rows: Tensor | None
     ) -> Tensor:
         """[B, M, d] -> [B, M, d], or [R, d] for the flat rows in `rows`."""
-        mixed = self.attention.mix(self.attention_norm(x), cos, sin, layer, attend)
+        # Of several batch rows, each would have its own number of queries.
+        asking = rows if len(x) == 1 else None
+        mixed = self.attention.mix(self.attention_norm(x), cos, sin, layer, attend, asking)
         if rows is not None:
-            x, mixed = x.flatten(0, 1)[rows], mixed.flatten(0, 1)[rows]
+            x, mixed = x.flatten(0, 1)[rows], mixed.flatten(0, 1)
+            mixed = mixed[rows] if asking is None else mixed
         x = x + self.attention.o(mixed)
         return x + self.mlp(self.mlp_norm(x))
 
@@ -245,7 +256,8 @@ class Transformer(nn.Module):
             positions: [B, M] int64, from 0 at the start of each piece.
             attend: who sees whom.
             rows: [R] int64 flat indices into B*M; other rows only give keys and values in the last
-                layer, their MLP there and the final norm are not computed.
+                layer, their MLP there and the final norm are not computed, nor are their queries if
+                there is one batch row.
             granularity: [B, M] int64, number of the granularity a row is told, -1 for none.
 
         Returns:

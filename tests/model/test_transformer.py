@@ -1,5 +1,6 @@
 """The transformer against `transformers` on random weights, both ways through a directory."""
 
+import contextlib
 import json
 from typing import Any
 
@@ -8,11 +9,13 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from abf.diffusion.layout import clean_ranges
+from abf.model.attention import RangeAttend
 from abf.model.config import ShapeConfig
 from abf.model.huggingface import load_hf, save_hf
 from abf.model.store import new_model
 from abf.model.transformer import Transformer
-from tests.diffusion.rows import make_batch
+from abf.train.recompute import recomputed
+from tests.diffusion.rows import make_batch, tiny_model
 
 torch.set_num_threads(1)
 
@@ -159,23 +162,48 @@ def test_mask_is_an_input_of_its_own_and_never_an_output(tmp_path):
     assert torch.equal(model.mask_embedding.grad, torch.ones(32))
 
 
-def test_asking_for_some_rows_gives_those_rows():
+@pytest.mark.parametrize("backend", ["reference", "tiles"])
+@pytest.mark.parametrize("again", [False, True])
+@pytest.mark.parametrize("granularities", [(), (3,)])
+def test_asking_for_some_rows_gives_those_rows_and_their_gradients(again, backend, granularities):
+    """Of two batch rows, and of one (which alone does without the other queries); with and without
+    activation checkpointing."""
     batch = make_batch([[[3, 4], [5]], [[8, 2]]], 20)
-    model = new_model(
-        ShapeConfig(d_model=16, layers=2, heads=2, kv_heads=1, d_ff=24),
-        vocab_size=257,
-        document_id=0,
-        max_block=8,
-        max_positions=32,
-        seed=0,
-    )
+    model = tiny_model(layers=3, qk_norm=True, granularities=granularities)
     ids = torch.from_numpy(batch.token_ids)
-    positions = torch.arange(20).expand_as(ids)
-    attend = model.attend(clean_ranges(batch), backend="reference")
-    rows = torch.tensor([3, 0, 25, 3])
-    found = model.hidden(ids, positions, attend, rows=rows)
-    whole = model.hidden(ids, positions, attend).flatten(0, 1)
-    torch.testing.assert_close(found, whole[rows])
+    positions, ranges = torch.arange(20).expand_as(ids), clean_ranges(batch)
+    told = torch.zeros_like(ids) if granularities else None
+
+    def states(lines: int, rows: torch.Tensor | None) -> torch.Tensor:
+        attend = model.attend(ranges[:lines], backend=backend)
+        with recomputed(model) if again else contextlib.nullcontext():
+            return model.hidden(
+                ids[:lines], positions[:lines], attend, rows=rows,
+                granularity=None if told is None else told[:lines],
+            )  # fmt: skip
+
+    for lines, rows in ((2, [3, 0, 25, 3]), (1, [3, 0, 12, 3])):
+        results = []
+        for found in (states(lines, None).flatten(0, 1)[rows], states(lines, torch.tensor(rows))):
+            model.zero_grad()
+            (found * torch.arange(found.numel()).view_as(found).cos()).sum().backward()
+            grads = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+            results.append((found, grads))
+        torch.testing.assert_close(results[1][0], results[0][0], rtol=0, atol=1e-12)
+        torch.testing.assert_close(results[1][1], results[0][1], rtol=0, atol=1e-11)
+
+
+def test_rows_that_are_not_asked_for_have_no_queries_in_the_last_layer():
+    model, asked = tiny_model(layers=2), []
+    ids = torch.arange(10)[None]
+    ranges = clean_ranges(make_batch([[[5, 4]]], 10))
+
+    def attend(layer, q, k, v, rows=None):
+        asked.append((q.shape[2], k.shape[2]))
+        return RangeAttend(ranges, backend="reference")(layer, q, k, v, rows)
+
+    model.hidden(ids, ids, attend, rows=torch.tensor([7, 2]))
+    assert asked == [(10, 10), (2, 10)]
 
 
 def test_norms_and_angles_stay_float32_under_autocast(tmp_path):
