@@ -21,6 +21,7 @@ from abf.diffusion.corrupt.base import Noised
 from abf.diffusion.device import on_its_device
 from abf.diffusion.head import CHUNK, head_reads
 from abf.diffusion.layout import mask_reads, run_starts, two_stream
+from abf.diffusion.needed import read_states
 from abf.diffusion.policy.own import Writer
 
 
@@ -50,10 +51,7 @@ def teach(
     own = dataclasses.replace(noised, block_start=(starts + 1) * (batch.document_id >= 0) - 1)
     streams = two_stream(batch, own, clean_stream=loss.clean_stream)
     reads = mask_reads(batch, own, shift=loss.shift)
-    attend = teacher.attend(streams.ranges, backend=backend)
-    states = teacher.hidden(
-        streams.ids, streams.positions, attend, rows=reads.readout, granularity=streams.granularity
-    )
+    states = read_states(teacher, streams, reads.readout, backend=backend)
     tokens, probs = [], []
     for part in states.split(max(1, CHUNK // teacher.mask_id)):
         logits = teacher.logits(part)

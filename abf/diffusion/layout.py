@@ -104,6 +104,17 @@ def two_stream(batch: PackedBatch, noised: NoisyStream, *, clean_stream: CleanSt
     )
 
 
+def one_stream(batch: PackedBatch) -> TwoStream:
+    """The clean tokens alone, causal inside each piece: the AR model's rows."""
+    return TwoStream(
+        ids=torch.as_tensor(batch.token_ids),
+        positions=torch.as_tensor(positions(batch.document_id)),
+        ranges=clean_ranges(batch),
+        noisy=0,
+        granularity=None,
+    )
+
+
 def _noisy_granularity(batch: PackedBatch, start: NDArray[np.int64]) -> Tensor | None:
     if batch.granularity is None:
         return None

@@ -16,7 +16,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -36,31 +36,21 @@ from abf.diffusion.layout import (
     Reads,
     block_reads,
     block_starts,
-    clean_ranges,
     length_reads,
     mask_reads,
     next_token_reads,
-    positions,
+    one_stream,
     predicted,
     two_stream,
 )
+from abf.diffusion.needed import Layers, read_states
 from abf.diffusion.path.law import PathLaw
 from abf.diffusion.path.reads import path_charges
 from abf.diffusion.policy.reads import DraftLabels, complete_charges, edit_charges, labels
 
 
-class Backbone(Protocol):
+class Backbone(Layers, Protocol):
     """What a loss needs of the model (`abf.model.transformer.Transformer`)."""
-
-    def hidden(
-        self,
-        ids: Tensor,
-        positions: Tensor,
-        attend: Any,
-        *,
-        rows: Tensor | None = None,
-        granularity: Tensor | None = None,
-    ) -> Tensor: ...
 
     @property
     def head_weight(self) -> Tensor: ...
@@ -74,8 +64,6 @@ class Backbone(Protocol):
     def length_logits(self, hidden: Tensor, granularity: Tensor | None = None) -> Tensor: ...
 
     def edits(self, hidden: Tensor) -> Tensor: ...
-
-    def attend(self, ranges: Tensor, *, backend: Backend) -> Any: ...
 
 
 @dataclass
@@ -176,12 +164,7 @@ def combine(
 def ar_charges(model: Backbone, batch: PackedBatch, *, backend: Backend) -> Charges:
     """Next-token NLL of every charged token, from the clean stream alone."""
     reads = next_token_reads(batch, noisy=0)
-    states = model.hidden(
-        torch.as_tensor(batch.token_ids),
-        torch.as_tensor(positions(batch.document_id)),
-        model.attend(clean_ranges(batch), backend=backend),
-        rows=reads.readout,
-    )
+    states = read_states(model, one_stream(batch), reads.readout, backend=backend)
     return Charges(*head_nll(states, model.head_weight, reads.target), reads.slot)
 
 
@@ -292,10 +275,7 @@ def block_charges(
     rows, where = torch.unique(
         torch.cat([reading.rows for reading in readings.values()]), return_inverse=True
     )
-    attend = model.attend(streams.ranges, backend=backend)
-    states = model.hidden(
-        streams.ids, streams.positions, attend, rows=rows, granularity=streams.granularity
-    )
+    states = read_states(model, streams, rows, backend=backend)
     parts = where.split([len(reading.rows) for reading in readings.values()])
     return {
         name: reading.charge(states[at])

@@ -25,6 +25,7 @@ from abf.diffusion.corrupt.base import Blocks, lay_out, squeeze
 from abf.diffusion.corrupt.path import PathNoised
 from abf.diffusion.device import on_its_device
 from abf.diffusion.layout import block_reads, two_stream
+from abf.diffusion.needed import Layers, read_states
 from abf.diffusion.path.bound import gap_groups, group_sums
 from abf.diffusion.policy.gates import read_gates
 from abf.diffusion.rng import uniform
@@ -37,24 +38,12 @@ _TOKEN, _FILL = 40, 41
 """Substreams of random numbers."""
 
 
-class Writer(Protocol):
+class Writer(Layers, Protocol):
     """What is asked of the model."""
-
-    def hidden(
-        self,
-        ids: Tensor,
-        positions: Tensor,
-        attend: Any,
-        *,
-        rows: Tensor | None = None,
-        granularity: Tensor | None = None,
-    ) -> Tensor: ...
 
     def logits(self, hidden: Tensor) -> Tensor: ...
 
     def edits(self, hidden: Tensor) -> Tensor: ...
-
-    def attend(self, ranges: Tensor, *, backend: Backend) -> Any: ...
 
     @property
     def head_weight(self) -> Tensor: ...
@@ -99,10 +88,7 @@ def write_own(
         reads = block_reads(
             drafts, noisy=streams.noisy, L=batch.token_ids.shape[1], shift=loss.shift
         )
-        attend = model.attend(streams.ranges, backend=backend)
-        states = model.hidden(
-            streams.ids, streams.positions, attend, rows=reads.rows, granularity=streams.granularity
-        )
+        states = read_states(model, streams, reads.rows, backend=backend)
         K, m = drafts.text.shape
         edits = model.edits(states[len(reads.token) :]).unflatten(0, (K, m + 1))
         piece = batch.document_id[drafts.row, drafts.start]
