@@ -1,12 +1,13 @@
-"""Block diffusion against AR in clean tokens a second, and the journal's share of a step.
+"""Block diffusion against AR and against a dense trainer in clean tokens a second, and the journal.
 
-Both objectives run the trainer's own step function (`abf.train.step.Trainer.step`: rows, noise,
-loss, gradients, clipping, AdamW) on the same rows, interleaved in one process on one thread; times
-are CPU seconds, so that a busy neighbour does not count. Letters: V vocabulary, L row length.
+All run the trainer's own step function (`abf.train.step.Trainer.step`: rows, noise, loss,
+gradients, clipping, AdamW) on the same rows, interleaved in one process on one thread; times are
+CPU seconds, so that a busy neighbour does not count. Letters: V vocabulary, L row length.
 """
 
 from __future__ import annotations
 
+import math
 import tempfile
 import time
 from collections.abc import Sequence
@@ -26,18 +27,22 @@ from abf.train.config import ArObjective, BlockObjective, Objective, TrainConfig
 from abf.train.record import Recorder
 from abf.train.runtime import settings
 from abf.train.step import StepResult, Trainer
+from benchmarks.dense import DenseLosses
 from benchmarks.statistics import Row, ratio_row
 
 MEAN_BLOCK, MAX_BLOCK = 24, 64
 DOCUMENT_LOG = (5.0, 0.75)
 """Mean and deviation of the log of a document's length: quartiles near 90, 148 and 246 tokens (the
 demo's packed pieces: 103, 148 and 220)."""
+MASKS = BlockObjective(loss=LossConfig(ar_weight=0))
 OBJECTIVES: dict[str, Objective] = {
     "ar": ArObjective(),
     "block": BlockObjective(),
-    "masks": BlockObjective(loss=LossConfig(ar_weight=0)),
+    "masks": MASKS,
+    "dense": MASKS,
 }
-"""What is trained side by side: the AR model, blocks with their AR loss, blocks alone."""
+"""What is trained side by side: the AR model, blocks with their AR loss, blocks alone, and those
+with a dense mask and full logits (`benchmarks.dense`)."""
 RECORDS = 200
 """Journal records a round; one takes microseconds."""
 
@@ -156,20 +161,23 @@ def _run_case(case: Case, rounds: int, folder: Path) -> list[Row]:
         model = Transformer(case.model)
         model.initialise(torch.Generator().manual_seed(0))
         trainers[name] = Trainer(case.train(objective), seed=0, model=model, packed=packed)
+    dense = trainers["dense"]
+    dense.losses = DenseLosses(dense.model, dense.cfg, dense.loss)
     tokens = trainers["ar"].tokens_per_step
     seconds: dict[str, list[float]] = {name: [] for name in OBJECTIVES}
     journal: list[float] = []
     with Recorder(folder / f"{case.name}-{case.precision}", "bench", active=True) as recorder:
-        for trainer in trainers.values():  # compile kernels, make AdamW's state
-            trainer.step(0)
+        # Compile kernels, make AdamW's state.
+        first = {name: trainer.step(0).loss for name, trainer in trainers.items()}
+        assert math.isclose(first["masks"], first["dense"], rel_tol=2e-3), first
         for number in range(1, rounds + 1):
             results = {}
             for kind, trainer in trainers.items():
                 began = time.process_time()
                 results[kind] = trainer.step(number)
                 seconds[kind].append(time.process_time() - began)
-            first = number * RECORDS
-            journal.append(_journal_seconds(recorder, results["block"], tokens, first))
+            begin = number * RECORDS
+            journal.append(_journal_seconds(recorder, results["block"], tokens, begin))
     parameters = trainers["ar"].optimiser.gradients.numel()
     shape = case.model
     detail = (
@@ -191,8 +199,16 @@ def _run_case(case: Case, rounds: int, folder: Path) -> list[Row]:
             seconds["masks"],
             f"{detail}, without the AR loss: logits on masked rows only; goal at least 0.58",
         ),
+        ratio_row(
+            f"training speed, masks alone / dense, {name}",
+            seconds["dense"],
+            seconds["masks"],
+            f"{detail}; the same loss with a dense mask and full logits; goal at least 1.6",
+        ),
         _rate_row(f"training, AR, {name}", tokens, seconds["ar"], detail),
         _rate_row(f"training, block, {name}", tokens, seconds["block"], detail),
+        _rate_row(f"training, masks alone, {name}", tokens, seconds["masks"], detail),
+        _rate_row(f"training, dense, {name}", tokens, seconds["dense"], detail),
         ratio_row(
             f"journal of every step / AR step, {name}",
             journal,
