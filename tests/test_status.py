@@ -254,6 +254,25 @@ def test_node_hours_to_come_are_the_forecasts(plan: Plan) -> None:
     assert to_come["score"].node == pytest.approx(10)
 
 
+def test_a_checkpoint_that_goes_while_the_folder_is_read(
+    plan: Plan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A training at work removes its older checkpoints."""
+    checkpoint = RESULTS / plan.cells[0].train.place / "ckpt" / "step-00000048"
+    checkpoint.mkdir(parents=True)
+    scan, gone = os.scandir, []
+
+    def scandir(path: str | Path = ".") -> object:
+        if Path(path) == checkpoint:
+            checkpoint.rmdir()
+            gone.append(path)
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    status()
+    assert len(gone) == 1
+
+
 def test_pace_over_a_resume_and_a_torn_line(tmp_path: Path) -> None:
     path = tmp_path / "journal.jsonl"
     assert read_pace(path) is None

@@ -7,6 +7,7 @@ scheduler's records. What was computed without a scheduler says nothing about it
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -55,8 +56,10 @@ def work_left(places: Iterable[str], used: Used, results: Path) -> list[Planned]
 def work_done(used: Used, results: Path) -> list[Measurement]:
     """Finished directories, planned still or not, for which the scheduler billed something."""
     read, done = reader(results), []
-    paths = (path for stage in STAGES for path in results.glob(f"{stage}/**/config.json"))
-    for place in sorted(path.parent.relative_to(results).as_posix() for path in paths):
+    # Checkpoints go while this looks: a walk passes over folders that are gone.
+    walks = (os.walk(results / stage) for stage in STAGES)
+    found = (Path(folder) for walk in walks for folder, _, files in walk if CONFIG in files)
+    for place in sorted(path.relative_to(results).as_posix() for path in found):
         config = read(place, CONFIG)
         spent = used.of([place])[0]
         if config is None or not spent or not finished(place, read):
