@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from abf.errors import ArtifactError, ConfigError, DivergenceError
-from abf.model.transformer import Layer, Transformer
+from abf.model.layers import Layer
+from abf.model.transformer import Transformer
 from abf.train.parallel import World
 from abf.train.step import Trainer
 from tests.train.tiny_run import L, new_model, tiny_config, write_rows
