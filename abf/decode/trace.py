@@ -113,7 +113,8 @@ def read_trace(path: Path) -> tuple[dict[str, str], pa.Table, bool]:
     the cut and complete=False; so does one in which a request has no END.
 
     Raises:
-        ArtifactError: the file is missing, its header cannot be read, or it has another schema.
+        ArtifactError: the file is missing, its header cannot be read, it has another schema, or
+            it is damaged elsewhere than at its end.
     """
     try:
         source = pa.BufferReader(path.read_bytes())
@@ -130,15 +131,47 @@ def read_trace(path: Path) -> tuple[dict[str, str], pa.Table, bool]:
     metadata = {k.decode(): v.decode() for k, v in (stream.schema.metadata or {}).items()}
     if missing := [name for name in HEADER if name not in metadata]:
         raise ArtifactError(f"{path}: the header lacks {', '.join(missing)}")
+    for name in HEADER:
+        if not metadata[name].isdecimal():
+            raise ArtifactError(f"{path}: the header's {name} is {metadata[name]!r}, no number")
     batches, whole = [], True
     while True:
         try:
-            batches.append(stream.read_next_batch())
+            batch = stream.read_next_batch()
         except StopIteration:
             break
-        except (pa.ArrowInvalid, OSError):
+        except (pa.ArrowInvalid, OSError) as error:
+            if source.tell() < source.size():  # what is there is wrong, not only too little
+                raise _damaged(path, batches, error) from error
             whole = False
             break
+        try:
+            _check_values(batch)
+        except pa.ArrowInvalid as error:
+            raise _damaged(path, batches, error) from error
+        batches.append(batch)
+    if behind := source.size() - source.tell():
+        raise ArtifactError(f"{path} goes on behind its end: {behind} bytes are no part of the log")
     table = pa.Table.from_batches(batches, schema=stream.schema)
     ends = int(np.count_nonzero(table["type"].to_numpy() == "END"))
     return metadata, table, whole and ends == int(metadata["requests"])
+
+
+def _check_values(batch: pa.RecordBatch) -> None:
+    """Offsets, texts and lengths, on which Arrow relies without looking; no value may be null.
+
+    Raises:
+        ArrowInvalid: names the column.
+    """
+    batch.validate(full=True)
+    for name, column in zip(batch.schema.names, batch.columns, strict=True):
+        values = [column, column.values] if isinstance(column, pa.ListArray) else [column]
+        if any(each.null_count for each in values):
+            raise pa.ArrowInvalid(f"In column {name}: a value is null")
+
+
+def _damaged(path: Path, before: list[pa.RecordBatch], error: Exception) -> ArtifactError:
+    return ArtifactError(
+        f"{path} is damaged or was altered behind its first {sum(map(len, before))} events, in "
+        f"batch {len(before)} ({str(error).splitlines()[0]}): rerun the decode"
+    )
