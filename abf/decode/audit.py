@@ -106,6 +106,13 @@ def audit(path: Path, *, model_dir: Path | None = None, steps: int = 32) -> Find
 def _model(directory: Path, header: Mapping[str, str], path: Path) -> Transformer:
     if missing := [name for name in _NEEDED if name not in header]:
         raise ArtifactError(f"{path}: its header does not say {', '.join(missing)}")
+    if header["dtype"] not in TOLERANCE:
+        raise ArtifactError(f"{path}: the header's dtype is {header['dtype']!r}, no precision")
+    if not (directory / WEIGHTS).is_file():
+        raise ArtifactError(
+            f"{directory} holds no {WEIGHTS}: --model takes the folder of the model that decoded, "
+            "results/train/KEY/model"
+        )
     found = sha256(directory / WEIGHTS)
     if found != header["model_sha256"]:
         raise ArtifactError(

@@ -17,6 +17,7 @@ from abf.decode.events import CLOSING, CODE
 from abf.decode.replay import Folded
 from abf.decode.trace import read_trace
 from abf.errors import ArtifactError, ConfigError
+from abf.files import write_text
 
 STYLE = """
 body{font:15px/1.6 system-ui,sans-serif;max-width:70rem;margin:2rem auto;padding:0 1rem;color:#222}
@@ -89,8 +90,8 @@ class Shown:
         return escape("".join(self._strings(ids)))
 
     def one(self, token: int) -> str:
-        """A single token."""
-        return "▢" if token == self.mask_id else escape(self._strings([token])[0])
+        """A single token, whose writing direction turns nothing around beside it."""
+        return "▢" if token == self.mask_id else f"<bdi>{escape(self._strings([token])[0])}</bdi>"
 
 
 def _groups(events: list[dict[str, Any]]) -> Iterable[list[dict[str, Any]]]:
@@ -177,7 +178,7 @@ def write_page(
     """
     if out.is_dir():
         raise ArtifactError(f"{out} is a folder; name a file for the page")
-    out.write_text(page(path, request, strings), encoding="utf-8")
+    write_text(out, page(path, request, strings))
 
 
 def _few(numbers: list[int]) -> str:

@@ -139,6 +139,9 @@ def test_the_command(
     assert f"{log}: complete; every event follows the rules" in said
     assert re.search(r"numbers of 9 steps forwarded anew: largest difference \d", said)
 
+    stage = ["audit", str(log), "--model", str(tmp_path)]
+    assert cli.main(stage) == ArtifactError.exit_code
+    assert f"{tmp_path} holds no model.safetensors" in capsys.readouterr().err
     log.write_bytes(log.read_bytes()[: int(log.stat().st_size * 0.7)])
     assert cli.main(["audit", str(log), "--model", model]) == 0
     assert f"{log}: incomplete (its tail was cut, or it was killed)" in capsys.readouterr().out
@@ -157,7 +160,7 @@ def test_the_command(
     assert cli.main(["audit", str(log), "--steps", "0"]) == ConfigError.exit_code
 
 
-HOSTILE = '<script>alert(1)</script>&"'
+HOSTILE = '<script>alert(1)</script>&"\u202eمرحبا'
 
 
 def test_the_page_shows_every_operation(editor: Transformer, tmp_path: Path) -> None:
@@ -167,6 +170,9 @@ def test_the_page_shows_every_operation(editor: Transformer, tmp_path: Path) -> 
     shown = page(log, 1, lambda ids: [f"{HOSTILE}{i};" for i in ids])
     assert "<script" not in shown
     assert html.escape(HOSTILE) in shown
+    # A token that writes from right to left does not turn around what stands beside it.
+    apart = re.sub(r"<bdi>.*?</bdi>|<h2>(?:Prompt|Text)</h2><p>.*?</p>", "", shown)
+    assert "\u202e" not in apart
     steps = [e for e in events if e["step"] >= 0]
     for kind in ("INSERT", "DELETE", "SUBSTITUTE", "FILL"):
         wanted = sum(e["type"] == kind for e in steps)
@@ -191,7 +197,7 @@ def test_the_page_of_a_cut_log_and_of_no_request(
 ) -> None:
     log = decoded(tmp_path, editor)
     log.write_bytes(log.read_bytes()[: int(log.stat().st_size * 0.7)])
-    out = tmp_path / "page.html"
+    out = tmp_path / "pages" / "page.html"  # a folder that is not there yet
     assert cli.main(["audit", str(log), "--html", str(out)]) == 0
     assert "The log is incomplete" in out.read_text(encoding="utf-8")
     asked = ["audit", str(log), "--html", str(out), "--request", "7"]
