@@ -24,6 +24,7 @@ from abf.data.loader import PackedBatch, PackedRows
 from abf.data.package import fetch_member
 from abf.diffusion.config import LossConfig, MaskedCorruption
 from abf.diffusion.corrupt.base import build_corruption
+from abf.diffusion.layout import predicted
 from abf.diffusion.loss import block_charges, scatter
 from abf.errors import ArtifactError
 from abf.files import sha256, write_json
@@ -254,7 +255,7 @@ def compare(
             charges = block_charges(
                 model, batch, noised, loss=LossConfig(), backend="tiles", terms=("ar",)
             )
-        charged = ~np.isnan(expected)
+        charged = predicted(batch)  # a source that says NaN is to be compared as well
         pairs.append(np.stack([expected[charged], scatter(charges["ar"], batch)[charged]]))
     source, converted = np.concatenate(pairs, axis=1)
     assert len(source), "held-out rows always hold a token to predict"

@@ -71,10 +71,10 @@ def read_source(directory: Path, *, max_block: int = 64, document_id: int | None
             raise ArtifactError(
                 f"{path}: {key}={found[key]!r} is not supported; only {expected!r} is"
             )
-    end = found.get("eos_token_id")
-    if isinstance(end, list):
-        end = end[0]
     try:
+        end = found.get("eos_token_id")
+        if isinstance(end, list):
+            end = end[0] if end else None
         fields = {field: found[key] for field, key in which.keys.items()} | which.fixed
         if fields.get("kv_heads") is None:
             fields["kv_heads"] = fields["heads"]
@@ -96,20 +96,22 @@ def read_source(directory: Path, *, max_block: int = 64, document_id: int | None
         )
     except KeyError as error:
         raise ArtifactError(f"{path} lacks {error}") from None
-    except (TypeError, ArithmeticError) as error:
-        raise ArtifactError(f"{path} describes no model of ours: {error}") from error
     except ValidationError as error:
         wrong = "; ".join(
             f"{'.'.join(map(str, one['loc']))}: {one['msg']}".removeprefix(": ")
             for one in error.errors()
         )
         raise ArtifactError(f"{path} describes no model of ours: {wrong}") from error
+    except (TypeError, ValueError, ArithmeticError) as error:  # ValidationError is a ValueError
+        raise ArtifactError(f"{path} describes no model of ours: {error}") from error
     return Source(which, config, limit)
 
 
 def _rope(found: Mapping[str, Any], path: Path) -> tuple[float, RopeScaling | None]:
     """Base and scaling of RoPE, from the new (`rope_parameters`) or the old keys."""
     said = found.get("rope_parameters") or found.get("rope_scaling") or {}
+    if not isinstance(said, Mapping):
+        raise ArtifactError(f"{path}: rope_scaling={said!r} is not supported; a mapping is")
     rope = {key: value for key, value in said.items() if value is not None}
     old = rope.pop("type", "default")
     kind = rope.pop("rope_type", old)

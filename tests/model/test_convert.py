@@ -173,3 +173,16 @@ def test_a_conversion_that_changes_the_model_is_refused(tmp_path, source, monkey
     with pytest.raises(ArtifactError, match="the converted model is not its source"):
         convert(tmp_path / "stage", tmp_path / "pack", PACK, tmp_path / "out")
     assert not (tmp_path / "out" / "init").exists()
+
+
+@pytest.mark.parametrize("every", [False, True], ids=["one token", "all"])
+def test_a_source_without_log_probabilities_is_refused(tmp_path, every):
+    """A NaN of the source compares with nothing; it must not leave the comparison either."""
+    batch = write_packed(tmp_path / "pack")
+    source = random_llama(vocab_size=V, tie_word_embeddings=False)
+    with torch.no_grad():
+        broken = slice(None) if every else batch.token_ids[batch.token_ids > 0].max()
+        source.model.embed_tokens.weight[broken] = float("nan")
+    source.save_pretrained(tmp_path / "stage" / "base")
+    with pytest.raises(ArtifactError, match=r"on 35 held-out tokens .* differ by up to nan"):
+        convert(tmp_path / "stage", tmp_path / "pack", PACK, tmp_path / "out")

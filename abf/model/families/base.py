@@ -74,7 +74,8 @@ def find_family(found: Mapping[str, Any], path: Path) -> Family:
         ArtifactError: its architecture is not known; names it and those that are.
     """
     families = [family(name) for name in get_args(FamilyName)]
-    wanted = (found.get("architectures") or [None])[0]
+    named = found.get("architectures")
+    wanted = named[0] if isinstance(named, list) and named else named or None
     for one in families:
         if wanted == one.architecture or (wanted is None and found.get("model_type") == one.name):
             return one
