@@ -197,9 +197,15 @@ class DecoderConfig(ConfigModel):
                 raise ValueError(
                     f"{name}={value} would be another law than strategy `path` samples"
                 )
-        if self.extent is not None and self.extent.kind == "length_head" and self.extent.late:
+        extent = self.extent
+        if extent is not None and extent.kind == "length_head" and extent.pick != "sample":
             raise ValueError(
-                f"extent.late={self.extent.late}: strategy `path` starts with the masks of the "
+                f"extent.pick={extent.pick} would be another law than strategy `path` samples: the "
+                "number of masks at the start is drawn; use pick: sample"
+            )
+        if extent is not None and extent.kind == "length_head" and extent.late:
+            raise ValueError(
+                f"extent.late={extent.late}: strategy `path` starts with the masks of the "
                 "length head and inserts the late ones; leave it at 0"
             )
         if self.max_steps_per_block < strategy.steps + 2:

@@ -61,10 +61,13 @@ def controls(
     """Controls of a decoder.
 
     Raises:
-        ConfigError: a forbidden text is not one token, an id is outside the vocabulary, a kept word
-            holds a forbidden token, or the kept words do not fit in a block.
+        ConfigError: a forbidden text is not one token, an id is outside the vocabulary, nothing is
+            left to write, a kept word holds a forbidden token, or the kept words do not fit in a
+            block.
     """
     forbidden = tuple(_token(entry, tokenizer) for entry in cfg.forbidden)
+    if len(set(forbidden)) == tokenizer.vocab_size:
+        raise ConfigError("forbidden: every token of the vocabulary; leave one to write")
     keep = tuple(tuple(each.ids.tolist()) for each in tokenizer.spans(cfg.keep))
     for word, ids in zip(cfg.keep, keep, strict=True):
         if banned := set(ids) & set(forbidden):

@@ -152,6 +152,7 @@ def test_texts_become_tokens() -> None:
     [
         ({"forbidden": ("no",)}, r"'no' is 2 tokens \(\[78, 79\]\), not one"),
         ({"forbidden": (97,)}, "id 97 is outside the vocabulary of 97"),
+        ({"forbidden": tuple(range(97))}, "every token of the vocabulary; leave one"),
         ({"forbidden": (79,), "keep": ("no",)}, "'no' holds token 79, which is forbidden"),
         ({"keep": ("abc", "def")}, "is 6 tokens, but a block holds at most 6"),
         ({"keep": ("ab",), "max_slots": 2}, "is 2 tokens, but a block holds at most 2"),

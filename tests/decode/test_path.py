@@ -212,6 +212,7 @@ HOT = {"temperature": 1.0, "top_p": 1.0}
             {"extent": {"kind": "length_head", "late": 0.15}},
             "extent.late=0.15: strategy `path` starts",
         ),
+        ({"extent": {"kind": "length_head", "pick": "mode"}}, "extent.pick=mode would be another"),
         ({"max_steps_per_block": 60}, r"needs steps \+ 2 = 66"),
     ],
 )
