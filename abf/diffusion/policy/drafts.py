@@ -26,6 +26,7 @@ GRAM, OVERRUN = 4, 8
 (_KIND, _AMOUNT, _PLACE, _CHOICE, _DROP, _REPLACE, _ADD, _FOREIGN, _ID, _MASKED, _LEVEL, _HIDE) = (
     range(16, 28)
 )
+_HIDE_BEYOND = 28
 """Substreams of random numbers."""
 
 
@@ -138,7 +139,10 @@ def draft(
 
     level = one(_LEVEL)
     hidden = np.where(level < cfg.opened, 1.0, (level - cfg.opened) / (1 - cfg.opened))
-    hide = (one(_MASKED) < cfg.masked)[:, None] & (many(_HIDE, cells.shape[1]) < hidden[:, None])
+    # Numbers of their own for what runs on: it lies behind the longest block of the batch, and a
+    # draft must not depend on the blocks beside it.
+    chance = many(_HIDE, cells.shape[1] - OVERRUN), many(_HIDE_BEYOND, OVERRUN)
+    hide = (one(_MASKED) < cfg.masked)[:, None] & (np.concatenate(chance, 1) < hidden[:, None])
     return np.where(hide, vocab, cells), present
 
 
