@@ -140,6 +140,7 @@ def declare(directory: Path) -> None:
     os.link(directory / DONE / MANIFEST, temporary)
     os.utime(temporary)  # newer than the inputs, or Snakemake would ask for it again and again
     os.replace(temporary, directory / MANIFEST)
+    temporary.unlink(missing_ok=True)  # renaming a link to the file that has the name does nothing
 
 
 @contextlib.contextmanager

@@ -92,6 +92,8 @@ def test_finished_work_whose_declaration_was_deleted_is_declared_again(tmp_path:
     (directory / "manifest.json").unlink()  # as Snakemake does before it runs a rule again
     assert is_done(directory, {"up": upstream})
     declare(directory)
+    declare(directory)  # a second time: the name is that file's already
+    assert not list(directory.glob(".*.tmp"))
     assert read_manifest(directory) == before
     assert (directory / "manifest.json").stat().st_ino == (
         directory / ".done/manifest.json"
