@@ -107,7 +107,7 @@ def train(
         settings(threads=cfg.threads),
         world(cfg.parallel.timeout_s, own_device(cfg.device)) as ranks,
         StopFlag() as stop,
-        Recorder(run_dir, label, active=ranks.first) as record,
+        Recorder(run_dir, label, active=ranks.first, device=ranks.device) as record,
     ):
         identity = {
             "config": cfg.model_dump(mode="json", exclude=SAME_RESULT),

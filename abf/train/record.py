@@ -15,7 +15,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import torch
+
 from abf.diffusion.policy.watch import summary
+from abf.model.device import CPU
 from abf.track.journal import Journal
 from abf.track.progress import Progress
 from abf.train.lengths import shares
@@ -27,8 +30,11 @@ JOURNAL = "journal.jsonl"
 class Recorder:
     """Journal and progress of one run; a rank that is not the first keeps quiet."""
 
-    def __init__(self, run_dir: Path, label: str, *, active: bool) -> None:
+    def __init__(
+        self, run_dir: Path, label: str, *, active: bool, device: torch.device = CPU
+    ) -> None:
         self.label = label
+        self._device = device
         self.window: dict[str, float] = {}
         """Sums over the steps since the last record."""
         self._journal = Journal(run_dir / JOURNAL) if active else None
@@ -79,13 +85,16 @@ class Recorder:
 
     def clocks(self) -> dict[str, float]:
         """What depends on the machine: tokens and model FLOPs a second since the last record, MFU
-        (these FLOPs as a share of the peak), and the most memory this rank has held, 1e9 bytes."""
+        (these FLOPs as a share of the peak), and the most memory this rank's process and its GPU's
+        tensors have held, 1e9 bytes."""
         flops = self._flops / self._seconds()
         found = {
             "tokens_per_s": self.rate(),
             "flops_per_s": flops,
             "peak_memory_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9,
         }
+        if self._device.type == "cuda":
+            found["peak_gpu_memory_gb"] = torch.cuda.max_memory_allocated(self._device) / 1e9
         return found | ({"mfu": flops / self._peak} if self._peak else {})
 
     def _seconds(self) -> float:

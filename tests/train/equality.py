@@ -14,7 +14,7 @@ from abf.track.journal import read_journal
 from abf.train import checkpoint
 from abf.train.checkpoint import Checkpoint
 
-CLOCKS = ("tokens_per_s", "flops_per_s", "mfu", "peak_memory_gb")
+CLOCKS = ("tokens_per_s", "flops_per_s", "mfu", "peak_memory_gb", "peak_gpu_memory_gb")
 """Metrics that tell of the machine, not of the training."""
 
 

@@ -127,7 +127,8 @@ def test_utilisation_is_flops_over_seconds_and_peak(
     now = itertools.count(100.0, 0.25)  # a quarter of a second passes at each look at the clock
     monkeypatch.setattr(time, "monotonic", lambda: next(now))
     result = StepResult(1.0, {"ar": 2.0}, {"ar": 2}, 2, 0, {}, 600.0, 0.5, 0.1)
-    with Recorder(tmp_path, "watch", active=True) as record:
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 7e9 + device.index)
+    with Recorder(tmp_path, "watch", active=True, device=torch.device("cuda", 3)) as record:
         record.begin(step=0, steps=2, window={}, peak=8000.0)
         monkeypatch.setattr(record, "_seconds", lambda: 0.5)
         for _ in range(2):
@@ -140,6 +141,7 @@ def test_utilisation_is_flops_over_seconds_and_peak(
     assert values["mfu"] == 0.3
     assert values["tokens_per_s"] == 120.0
     assert 0.05 < values["peak_memory_gb"] < 100
+    assert values["peak_gpu_memory_gb"] == pytest.approx(7 + 3e-9, abs=1e-12)
 
 
 def test_the_peak_is_the_fastest_product_or_what_was_given(monkeypatch: pytest.MonkeyPatch) -> None:
