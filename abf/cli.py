@@ -164,8 +164,8 @@ def _parser() -> argparse.ArgumentParser:
     sub = command(
         "audit",
         AUDIT,
-        "abf audit results/decode/KEY/trace.arrows",
-        "abf audit results/decode/KEY/trace.arrows --model results/train/KEY/model",
+        "abf audit results/decode/KEY/TASK/trace.arrows",
+        "abf audit results/decode/KEY/TASK/trace.arrows --model results/train/KEY/model",
         "abf audit trace.arrows --html page.html --request 3 --tokenizer "
         "results/tokenizer/KEY/tokenizer",
     )

@@ -122,13 +122,13 @@ def read_trace(path: Path) -> tuple[dict[str, str], pa.Table, bool]:
         raise ArtifactError(f"{path} is missing; rerun the stage that writes it") from None
     try:
         stream = pa.ipc.open_stream(source)
-    except (pa.ArrowInvalid, OSError) as error:
+        check_schema(stream.schema, EVENTS, path)
+        metadata = {k.decode(): v.decode() for k, v in (stream.schema.metadata or {}).items()}
+    except (pa.ArrowException, UnicodeDecodeError, OSError) as error:
         raise ArtifactError(
             f"{path} has no readable header ({str(error).splitlines()[0]}); it was cut before its "
             "first event or is no event log: rerun the decode"
         ) from error
-    check_schema(stream.schema, EVENTS, path)
-    metadata = {k.decode(): v.decode() for k, v in (stream.schema.metadata or {}).items()}
     if missing := [name for name in HEADER if name not in metadata]:
         raise ArtifactError(f"{path}: the header lacks {', '.join(missing)}")
     for name in HEADER:
@@ -140,7 +140,7 @@ def read_trace(path: Path) -> tuple[dict[str, str], pa.Table, bool]:
             batch = stream.read_next_batch()
         except StopIteration:
             break
-        except (pa.ArrowInvalid, OSError) as error:
+        except (pa.ArrowException, OSError) as error:
             if source.tell() < source.size():  # what is there is wrong, not only too little
                 raise _damaged(path, batches, error) from error
             whole = False
