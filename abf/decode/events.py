@@ -9,7 +9,8 @@ tell what the engine did cannot be folded without a mismatch. -1 and NaN stand f
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -91,6 +92,13 @@ def state_bytes(closed: int, uids: Any, ids: Any, committed: Any) -> bytes:
     """Canonical bytes of a request's state: tokens behind it, and its active block's slots."""
     slots = np.asarray([uids, ids, committed], dtype="<i4")
     return closed.to_bytes(8, "little") + slots.tobytes()
+
+
+def root(header: Mapping[str, str]) -> bytes:
+    """What every request's chain of hashes begins with: the log's header belongs to what is
+    hashed."""
+    told = json.dumps(dict(header), sort_keys=True).encode()
+    return hashlib.blake2b(told, digest_size=DIGEST_BYTES).digest()
 
 
 def link(previous: bytes, record: bytes, state: bytes) -> bytes:

@@ -9,7 +9,7 @@ hash chain over events *and* folded states agrees with the log.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,17 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from abf.decode.events import CLOSING, CODE, PHASE, RECORD, TYPES, from_arrow, link, state_bytes
+from abf.decode.events import (
+    CLOSING,
+    CODE,
+    PHASE,
+    RECORD,
+    TYPES,
+    from_arrow,
+    link,
+    root,
+    state_bytes,
+)
 from abf.decode.trace import read_trace
 from abf.errors import ArtifactError
 
@@ -206,14 +216,14 @@ def replay(path: Path) -> dict[int, list[int]]:
         ArtifactError: the log is damaged or was altered; names the first bad event.
     """
     metadata, table, _ = read_trace(path)
-    folded = fold(table, mask_id=int(metadata["mask_id"]), where=str(path))
+    folded = fold(table, metadata, where=str(path))
     return {request: state.token_ids for request, state in folded.items()}
 
 
 def fold(
     table: pa.Table,
+    header: Mapping[str, str],
     *,
-    mask_id: int,
     where: str,
     look: Callable[[int, Folded], None] | None = None,
 ) -> dict[int, Folded]:
@@ -221,7 +231,7 @@ def fold(
 
     Args:
         table: EVENTS rows, each request's in order.
-        mask_id: id of MASK.
+        header: the log's.
         where: name of the log, for errors.
         look: is shown each group's first row and its request's state before it.
 
@@ -229,6 +239,7 @@ def fold(
         ArtifactError: names the first event that cannot be or whose hash does not fit.
     """
     events = from_arrow(table, where)
+    mask_id, begin = int(header["mask_id"]), root(header)
     hashes = table["state_hash"].to_pylist()
     data, size = events.tobytes(), RECORD.itemsize
     names = ("request", "seq", "type", "uid", "left_uid", "old_id", "new_id", "length")
@@ -241,14 +252,16 @@ def fold(
         state = requests.get(request)
         if state is None:
             state = requests[request] = Folded(mask_id)
-        expected, digest = chains.get(request, (0, b""))
+        expected, digest = chains.get(request, (0, begin))
         try:
             if seq != expected:
                 raise RuleError(f"should be seq {expected}: events are missing or out of order")
             before = state.state() if first else b""
             digest = link(digest, data[row * size : (row + 1) * size], before)
             if digest.hex() != logged:
-                raise RuleError("does not fit the hash chain: it, or the state, was altered")
+                raise RuleError(
+                    "does not fit the hash chain: it, the state, or the header was altered"
+                )
             if first:
                 state.begin()
                 if look is not None:

@@ -93,7 +93,7 @@ def decode_task(
     prompts = held_out_prompts(task, packed, model, text)
     asked = controls(decoder, text, max_block=model.max_block, new_tokens=task.new_tokens)
     header = {
-        "version": "2",
+        "version": "3",
         "mask_id": str(model.mask_id),
         "document_id": str(model.config.document_id),
         "requests": str(len(prompts)),

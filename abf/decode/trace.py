@@ -19,7 +19,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from abf.artifacts import EVENTS, check_schema
-from abf.decode.events import RECORD, link, to_arrow
+from abf.decode.events import RECORD, link, root, to_arrow
 from abf.errors import ArtifactError
 
 HEADER = ("mask_id", "document_id", "requests")
@@ -42,6 +42,7 @@ class TraceWriter:
         self._file = open(path, "wb")  # noqa: SIM115 (closed by close)
         self._stream = pa.ipc.new_stream(self._file, EVENTS.with_metadata(dict(metadata)))
         self._began = time.perf_counter()
+        self._root = root(metadata)
         self._chains: dict[int, tuple[int, bytes]] = {}
         self._data: list[bytes] = []
         self._tokens = 0
@@ -56,7 +57,7 @@ class TraceWriter:
             state: the request's state before them, `state_bytes`.
         """
         request = int(events["request"][0])
-        seq, digest = self._chains.get(request, (0, b""))
+        seq, digest = self._chains.get(request, (0, self._root))
         count = len(events)
         events["seq"] = np.arange(seq, seq + count)
         data, size = events.tobytes(), RECORD.itemsize

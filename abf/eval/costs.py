@@ -107,7 +107,7 @@ def verified_log(
     header, events, complete = read_trace(path)
     if not complete:
         raise ArtifactError(f"{path} is incomplete: its tail was cut; rerun the decode")
-    folded = fold(events, mask_id=int(header["mask_id"]), where=str(path))
+    folded = fold(events, header, where=str(path))
     for sample in samples:
         state = folded.get(sample["request"])
         ids = [] if state is None else state.token_ids

@@ -35,8 +35,16 @@ from tests.decode.tiny import header, tiny_engine, tiny_prompts
 BUSY = AbfStrategy(fill=0.4, substitute=0.2, delete=0.4, complete=0.2)
 
 
-def decoded(folder: Path, model: Transformer, strategy: Any = BUSY, **changes: Any) -> Path:
-    """A log with the header that the decode stage writes; the model is in `folder`/model."""
+def decoded(
+    folder: Path,
+    model: Transformer,
+    strategy: Any = BUSY,
+    *,
+    told: dict[str, str] | None = None,
+    **changes: Any,
+) -> Path:
+    """A log with the header that the decode stage writes, `told` in it; the model is in
+    `folder`/model."""
     save_model(model, folder / "model")
     alone = strategy.kind == "ar"
     shift = changes.pop("shift", True)
@@ -56,7 +64,7 @@ def decoded(folder: Path, model: Transformer, strategy: Any = BUSY, **changes: A
         changes["extent"] = build(FixedExtent(length=1), room="abf.decode.extent")
     built = build(strategy, room="abf.decode.strategy")
     engine = tiny_engine(model, built, shift=shift or alone, **changes)
-    with TraceWriter(folder / "log", header(3, **more)) as trace:
+    with TraceWriter(folder / "log", header(3, **more | (told or {}))) as trace:
         engine.run(tiny_prompts(3), new_tokens=20, trace=trace)
     return folder / "log"
 
@@ -104,18 +112,22 @@ def test_gates_are_among_what_is_checked(editor: Transformer, tmp_path: Path) ->
     save_model(other, tmp_path / "other")
     with pytest.raises(ArtifactError, match=r"decoded by a model with sha256 \w{12}…, but .*other"):
         audit(log, model_dir=tmp_path / "other")
-    _, table, _ = read_trace(log)
-    told = {k.decode(): v.decode() for k, v in table.schema.metadata.items()}
-    told["model_sha256"] = sha256(tmp_path / "other" / WEIGHTS)
-    with (
-        pa.OSFile(str(log), "wb") as sink,
-        pa.ipc.new_stream(sink, table.schema.with_metadata(told)) as stream,
-    ):
-        stream.write_table(table.replace_schema_metadata(told))
+    log = decoded(tmp_path, editor, told={"model_sha256": sha256(tmp_path / "other" / WEIGHTS)})
     with pytest.raises(
         ArtifactError,
         match=r"first bad event is in request \d, block \d+, step \d+ \(seq \d+\): its numbers",
     ):
+        audit(log, model_dir=tmp_path / "other", steps=40)
+
+
+def test_a_model_that_says_nothing_is_found_out(editor: Transformer, tmp_path: Path) -> None:
+    """NaN is larger than no tolerance, and differs all the same."""
+    model = load_model(decoded(tmp_path, editor).parent / "model")
+    with torch.no_grad():
+        model.edit_head.bias.fill_(float("nan"))
+    save_model(model, tmp_path / "other")
+    log = decoded(tmp_path, editor, told={"model_sha256": sha256(tmp_path / "other" / WEIGHTS)})
+    with pytest.raises(ArtifactError, match="its numbers differ by nan"):
         audit(log, model_dir=tmp_path / "other", steps=40)
 
 

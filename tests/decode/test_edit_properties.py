@@ -151,7 +151,7 @@ def test_whatever_a_strategy_asks_for_the_rules_hold(
         assert decisions <= 2 * limits.max_steps + 2
     driver.trace.close()
     sample = driver.state.sample()
-    _, events, complete = read_trace(driver.path)
+    header, events, complete = read_trace(driver.path)
     assert complete
     plain = PlainFold(limits, 14)
     group: list[dict[str, Any]] = []
@@ -172,7 +172,7 @@ def test_whatever_a_strategy_asks_for_the_rules_hold(
     assert sample.finished == (sample.token_ids[-1] == 0)
     assert 0 not in sample.token_ids[:-1]
     for cut in np.linspace(1, len(events), 7, dtype=int):
-        part = fold(events.slice(0, int(cut)), mask_id=V, where="log")[0]
+        part = fold(events.slice(0, int(cut)), header, where="log")[0]
         assert (
             part.token_ids[: len(part.token_ids) - len(part.unwritten)]
             == plain.text[: len(part.token_ids) - len(part.unwritten)]

@@ -166,7 +166,9 @@ def test_a_log_that_does_not_tell_what_the_engine_did(
 
     monkeypatch.setattr(RequestState, "apply", other)
     tiny_decode(tmp_path / "log", tiny_engine(model, Threshold(0.3)), tiny_prompts(2))
-    with pytest.raises(ArtifactError, match=r"request \d, seq \d+ .*or the state, was altered"):
+    with pytest.raises(
+        ArtifactError, match=r"request \d, seq \d+ .*the state, or the header was altered"
+    ):
         replay(tmp_path / "log")
 
 
@@ -261,50 +263,3 @@ def test_an_unfinished_decode_leaves_no_end_marker(model: Transformer, tmp_path:
     assert not complete
     assert np.count_nonzero(table["type"].to_numpy() == "COMPLETE") > 0
     assert all(len(ids) <= 12 for ids in replay(tmp_path / "log").values())
-
-
-def test_no_flipped_bit_is_a_crash_or_another_text(
-    logged: tuple[Path, list[Sample]], tmp_path: Path
-) -> None:
-    """Arrow trusts offsets and lengths: a log whose own are altered must be refused before use."""
-    data = logged[0].read_bytes()
-    texts = replay(logged[0])
-    rng = np.random.default_rng(0)
-    refused = 0
-    header_too = np.append(rng.integers(0, 3000, size=150), rng.integers(0, len(data), size=250))
-    for at in header_too.tolist():
-        altered = bytearray(data)
-        altered[at] ^= 1 << int(rng.integers(8))
-        (tmp_path / "log").write_bytes(altered)
-        try:
-            found = replay(tmp_path / "log")
-        except ArtifactError:
-            refused += 1
-        else:  # the wall clock, padding, a length that now reaches behind the end of the file
-            assert all(ids == texts[request][: len(ids)] for request, ids in found.items())
-    assert refused > 150
-
-
-def test_a_damaged_batch_is_no_cut(logged: tuple[Path, list[Sample]], tmp_path: Path) -> None:
-    _, table, _ = read_trace(logged[0])
-    first, second = table.to_batches()[:2]
-    offsets = second["type"].buffers()[1].to_pybytes()
-    data = logged[0].read_bytes()
-    at = data.index(offsets, data.index(first["type"].buffers()[1].to_pybytes()) + 1)
-    (tmp_path / "log").write_bytes(data[: at + 6] + b"\x7f" + data[at + 7 :])
-    with pytest.raises(ArtifactError, match=rf"behind its first {len(first)} events, in batch 1 "):
-        read_trace(tmp_path / "log")
-
-
-def test_a_wrong_header_and_what_is_appended_are_told(
-    logged: tuple[Path, list[Sample]], tmp_path: Path
-) -> None:
-    data = logged[0].read_bytes()
-    (tmp_path / "log").write_bytes(data + data)
-    with pytest.raises(ArtifactError, match=f"behind its end: {len(data)} bytes"):
-        read_trace(tmp_path / "log")
-    other = read_trace(logged[0])[1].schema.with_metadata(header(6) | {"requests": "x"})
-    with pa.OSFile(str(tmp_path / "log"), "wb") as sink, pa.ipc.new_stream(sink, other):
-        pass
-    with pytest.raises(ArtifactError, match="header's requests is 'x', no number"):
-        read_trace(tmp_path / "log")
