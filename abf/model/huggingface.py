@@ -45,12 +45,16 @@ def load_hf(directory: Path, *, max_block: int = 64, document_id: int | None = N
         document_id: as in `read_config`.
 
     Raises:
-        ArtifactError: see `read_config`; or a tensor is missing, unknown or of another shape.
+        ArtifactError: see `read_config`; or a tensor is missing, unknown, there twice or of another
+            shape.
     """
     source = read_source(directory, max_block=max_block, document_id=document_id)
     found: dict[str, Tensor] = {}
     for file in weight_files(directory):
-        found.update(load_weights(file))
+        part = load_weights(file)
+        if twice := sorted(found.keys() & part.keys()):
+            raise ArtifactError(f"{file} holds tensor {twice[0]}, as another shard does")
+        found |= part
     for name in _redundant(source, found):
         if name == HEAD and not _same_head(source.family, found):
             raise ArtifactError(

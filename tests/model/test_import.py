@@ -58,7 +58,14 @@ def test_shards_with_an_index(tmp_path, source):
     model = load_hf(tmp_path / "out" / "base")
     assert torch.equal(model.embedding.weight, source.model.embed_tokens.weight)
 
-    missing = next(path.glob("model-00002*"))
+    first, missing = (next(path.glob(f"model-0000{number}*")) for number in (1, 2))
+    twice = load_file(missing)
+    name, tensor = next(iter(load_file(first).items()))
+    before = missing.read_bytes()
+    save_file(twice | {name: tensor + 1}, missing)
+    with pytest.raises(ArtifactError, match=rf"{missing.name} holds tensor {name}, as another"):
+        load_hf(path)
+    missing.write_bytes(before)
     missing.rename(tmp_path / "elsewhere")
     with pytest.raises(ArtifactError, match=rf"{missing.name} is missing, but the index"):
         import_checkpoint(directory(path), tmp_path / "again")
@@ -116,9 +123,14 @@ def test_missing_parts_of_a_directory_are_named(tmp_path, checkpoint):
     config.write_text(json.dumps(stripped))
     with pytest.raises(ArtifactError, match=r"config\.json lacks 'hidden_size'"):
         import_checkpoint(directory(checkpoint), tmp_path / "c")
-    config.write_text("{")
-    with pytest.raises(ArtifactError, match=r"config\.json is not JSON"):
-        import_checkpoint(directory(checkpoint), tmp_path / "d")
+    for text in ("{", "[" * 100_000):
+        config.write_text(text)
+        with pytest.raises(ArtifactError, match=r"config\.json is not JSON"):
+            import_checkpoint(directory(checkpoint), tmp_path / "d")
+    config.unlink()
+    config.symlink_to(config)
+    with pytest.raises(ArtifactError, match=r"config\.json cannot be read: Too many levels"):
+        load_hf(checkpoint)
     with pytest.raises(ArtifactError, match="is no directory"):
         import_checkpoint(directory(tmp_path / "nowhere"), tmp_path / "e")
 
