@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from abf.data.loader import spread
 from abf.decode.events import CLOSING, CODE, from_arrow
+from abf.decode.openings import check_earlier
 from abf.decode.replay import Folded, fold, group_starts
 from abf.decode.trace import read_trace
 from abf.decode.view import net_missing
@@ -86,6 +87,9 @@ def audit(path: Path, *, model_dir: Path | None = None, steps: int = 32) -> Find
     """
     header, table, complete = read_trace(path)
     folded = fold(table, header, where=str(path))
+    extent = json.loads(header.get("decoder", "{}")).get("extent")
+    if extent and extent["kind"] == "earlier":
+        check_earlier(table, folded, back=extent["back"], where=str(path))
     checked = groups = 0
     largest = 0.0
     if model_dir is not None:

@@ -122,7 +122,15 @@ class LengthHeadExtent(ConfigModel):
     of a path, and the block is opened with as many as it has tokens when finished."""
 
 
-Extent = Annotated[FixedExtent | LengthHeadExtent, Field(discriminator="kind")]
+class EarlierExtent(ConfigModel):
+    """The block is opened with the text of an earlier one, prompt's or own, as a draft to edit."""
+
+    kind: Literal["earlier"] = "earlier"
+    back: int = Field(default=2, ge=1)
+    """How many blocks before; a prompt must have as many."""
+
+
+Extent = Annotated[FixedExtent | LengthHeadExtent | EarlierExtent, Field(discriminator="kind")]
 
 
 class SamplerConfig(ConfigModel):
@@ -169,6 +177,8 @@ class DecoderConfig(ConfigModel):
     """Attention back end of the cached forward pass."""
 
     def model_post_init(self, context: object) -> None:
+        if self.extent is not None and self.extent.kind == "earlier":
+            self._check_earlier()
         if self.strategy.kind == "path":
             self._check_path(self.strategy)
         if any(not word for word in self.keep):
@@ -184,6 +194,21 @@ class DecoderConfig(ConfigModel):
                 "strategy `ar` takes no extent; every other strategy needs one "
                 f"(strategy.kind={self.strategy.kind}, extent={self.extent})"
             )
+
+    def _check_earlier(self) -> None:
+        edits = ("insert", "substitute", "delete")
+        if self.strategy.kind != "abf" or not set(edits) & set(self.strategy.operations):
+            raise ValueError(
+                f"extent `earlier` opens a block with text to be edited, and strategy "
+                f"`{self.strategy.kind}` as it is set edits none: use strategy `abf` with one of "
+                f"{', '.join(edits)} among its operations, or another extent"
+            )
+        for name in ("keep", "forbidden"):
+            if value := getattr(self, name):
+                raise ValueError(
+                    f"{name}={list(value)}: extent `earlier` opens a block with a text that is as "
+                    "it is; use another extent"
+                )
 
     def _check_path(self, strategy: PathStrategy) -> None:
         sampler = self.sampler

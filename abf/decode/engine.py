@@ -137,8 +137,14 @@ class Engine:
         return [done[prompt.request] for prompt in prompts]
 
     def _check(self, prompts: Sequence[Prompt], new_tokens: int) -> None:
-        limit = self.model.config.max_positions
+        limit, back = self.model.config.max_positions, self.extent.back
         for prompt in prompts:
+            if len(prompt.block_length) < back:
+                raise ConfigError(
+                    f"prompt {prompt.prompt_id!r}: it has {len(prompt.block_length)} blocks, but "
+                    f"extent `earlier` opens the next one with the block {back} before it: show "
+                    "more of the text, lower extent.back, or use another extent"
+                )
             slots = 1 + len(prompt.token_ids) + new_tokens
             if slots > limit:
                 raise ConfigError(
@@ -194,11 +200,17 @@ class Engine:
                 length_probs=length_probs,
                 uniform=float(uniform(EXTENT_STREAM, self.seed, number, state.blocks)),
                 least=least,
+                earlier=state.earlier(self.extent.back) if self.extent.back else None,
             )
-            length = self.extent.next_extent(view).length
+            extent = self.extent.next_extent(view)
+            length = extent.length
             assert length >= least, f"{type(self.extent).__name__} opened nothing"
             first = state.blocks == 0
             length = min(self.controls.length(length, first=first), state.tokens_left)
+            if extent.tokens is not None:
+                length = min(length, self.limits.max_block)
+                state.open(length, (np.arange(length), extent.tokens[:length]), lock=False)
+                continue
             kept = self.controls.places(length) if first and self.controls.keep else None
             state.open(length, kept)
 

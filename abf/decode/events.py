@@ -22,8 +22,8 @@ from abf.decode.sampler import ALTERNATIVES
 from abf.errors import ArtifactError
 
 PHASES = {
-    "PROMPT": 0,  # a context token: uid, left_uid, new_id
-    "OPEN": 1,  # a block of `length` slots is opened, at step -1
+    "PROMPT": 0,  # a context token: uid, left_uid, new_id; `length` of a block it begins
+    "OPEN": 1,  # a block of `length` slots is opened, at step -1; FILLs of that step: with text
     "INSERT": 1,  # a mask behind left_uid: uid, new_id = MASK, gate = tokens missing there, net
     "FILL": 1,  # a mask becomes new_id: prob before temperature, entropy, alternatives, gate = keep
     "COMMIT": 1,  # a slot is locked

@@ -140,7 +140,8 @@ def _group(group: list[dict[str, Any]], state: Folded, text: Shown) -> list[str]
     )
     kind = first["type"]
     if kind == "OPEN":
-        opened = f"<h2>Block {first['block']}</h2><table><tr><td>open {first['length']}</td>"
+        held = " with text" if "fill" in marks.values() and not locked else ""
+        opened = f"<h2>Block {first['block']}</h2><table><tr><td>open {first['length']}{held}</td>"
         return [f"{opened}<td>{shown}</td><td></td></tr>"]
     if kind in CLOSING:
         name = kind.lower().replace("_", " ")

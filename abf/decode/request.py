@@ -26,6 +26,8 @@ class Prompt:
     prompt_id: str
     token_ids: NDArray[np.integer]
     """Text tokens shown; the engine puts the document token in front."""
+    block_length: tuple[int, ...] = ()
+    """Tokens of each of its blocks, as far as they are known; the last one ends the prompt."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,7 @@ class Sample:
     reopened_blocks: int
     """Blocks opened once more after their audit."""
     edits: dict[str, int]
-    """How many events of each type changed the text; masks of an opening are not counted."""
+    """How many events of each type changed the text; what a block opens with is not counted."""
     wall_s: float
     """Its share of the time its batches took."""
 
@@ -107,17 +109,29 @@ class RequestState:
         """Document token and prompt, [P]; logs them."""
         ids = [self.document_id, *self.prompt.token_ids.tolist()]
         uids = np.arange(len(ids))
-        self._log(blank(len(ids), "PROMPT", uid=uids, left_uid=uids - 1, new_id=ids), -1)
+        events = blank(len(ids), "PROMPT", uid=uids, left_uid=uids - 1, new_id=ids)
+        blocks = np.array(self.prompt.block_length, dtype=np.intp)
+        events["length"][len(ids) - blocks[::-1].cumsum()[::-1]] = blocks
+        self._log(events, -1)
         self.next_uid = self.length = len(ids)
         self.last_uid = len(ids) - 1
         return ids
 
+    def earlier(self, back: int) -> NDArray[np.int32]:
+        """Tokens of the finished block so many before the next one, the prompt's counted."""
+        lengths = [*self.prompt.block_length, *self.block_length][-back:]
+        text = np.concatenate([self.prompt.token_ids, self.tokens])
+        start = len(text) - sum(lengths)
+        return text[start : start + lengths[0]].astype(np.int32)
+
     def open(
         self,
         length: int,
-        keep: tuple[NDArray[np.intp], NDArray[np.int32]] | None = None,
+        held: tuple[NDArray[np.intp], NDArray[np.integer]] | None = None,
+        *,
+        lock: bool = True,
     ) -> None:
-        """Open a block of `length` masks; of these the slots of `keep` are filled and locked."""
+        """Open a block of `length` masks; of these the slots of `held` are filled, and locked."""
         assert self.block is None
         assert self.closing is None
         uids = np.arange(self.next_uid, self.next_uid + length, dtype=np.int32)
@@ -130,10 +144,11 @@ class RequestState:
             number=self.blocks, slots=slots, live=length, mask_id=self.mask_id, opened=length
         )
         self.next_uid += length
-        if keep is None:
+        if held is None:
             self._log(events, -1)
         else:
-            edits = Edits(write=keep[0], tokens=keep[1], lock=keep[0])
+            slots, tokens = held
+            edits = Edits(write=slots, tokens=tokens, lock=slots[: lock * len(slots)])
             self._edit(block, edits, events, -1)
         self.block = block
 
@@ -227,6 +242,8 @@ class RequestState:
         self.next_uid += int(edits.counts.sum())
         ends = np.flatnonzero(block.locked & (block.ids == self.document_id))
         block.live = int(ends[0]) + 1 if len(ends) else len(block.slots)
+        if step < 0:
+            return  # an opening
         substituted = int((slots["id"][edits.write] != self.mask_id).sum())
         for kind, count in (
             ("FILL", len(edits.write) - substituted),

@@ -209,9 +209,16 @@ def held_out_prompts(
             f"has {model.config.vocab_size}; they do not belong together"
         )
 
-    def text_of(piece: dict[str, Any]) -> NDArray[np.int64]:
-        start = piece["start"] + 1
-        return rows.rows([piece["row"]]).token_ids[0, start : piece["start"] + piece["n_tokens"]]
+    def whole(piece: dict[str, Any]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Tokens of a piece behind its document token, and the number of each one's block."""
+        row, start = rows.rows([piece["row"]]), piece["start"]
+        inside = slice(start + 1, start + piece["n_tokens"])
+        return row.token_ids[0, inside], row.block_id[0, inside]
+
+    def shorter(request: int, piece: dict[str, Any], count: int) -> Prompt:
+        tokens, blocks = (values[:count] for values in whole(piece))
+        lengths = np.unique(blocks, return_counts=True)[1]
+        return Prompt(request, piece["doc_id"], tokens, tuple(lengths.tolist()))
 
     pieces = read_table(folder / "heldout.pieces.parquet", PIECES).to_pylist()
     pieces = [piece for piece in pieces if piece["part"] == 0]
@@ -222,7 +229,7 @@ def held_out_prompts(
         assert task.prompt_lines is not None, "a prompt is so many tokens, or so many lines"
         n_ends = line_ends(tokenizer)
         shown = [
-            1 + int(np.searchsorted(n_ends[text_of(piece)].cumsum(), task.prompt_lines))
+            1 + int(np.searchsorted(n_ends[whole(piece)[0]].cumsum(), task.prompt_lines))
             for piece in pieces
         ]
         wanted, rest = f"{task.prompt_lines} lines and more behind them", 1
@@ -237,7 +244,7 @@ def held_out_prompts(
             "lower prompts, show less of a document, or hold out more text"
         )
     return [
-        Prompt(request, found[index][0]["doc_id"], text_of(found[index][0])[: found[index][1]])
+        shorter(request, *found[index])
         for request, index in enumerate(spread(len(found), task.prompts))
     ]
 

@@ -252,6 +252,8 @@ class ExtentView:
     """A random number in [0, 1) that belongs to this request and block."""
     least: int = 1
     """Fewest slots that may be opened."""
+    earlier: IntArray | None = None
+    """Tokens of the finished block that the policy asked for."""
 
 
 @dataclass(frozen=True)
@@ -260,6 +262,8 @@ class Extent:
 
     length: int
     """Slots, at least `least`."""
+    tokens: IntArray | None = None
+    """[length] what they hold at first; none: masks."""
 
 
 class ExtentPolicy(Protocol):
@@ -267,6 +271,8 @@ class ExtentPolicy(Protocol):
 
     needs_lengths: bool
     """Whether the view must carry `length_probs`."""
+    back: int
+    """Which finished block the view must carry: so many before the one to open; 0 for none."""
 
     def next_extent(self, view: ExtentView) -> Extent:
         """Extent of the next block."""

@@ -102,8 +102,13 @@ class DraftsConfig(ConfigModel):
 
     share: float = Field(default=0.4, gt=0, lt=1)
     """Share of blocks that are drafts; the others are on their paths and weigh that much more."""
+    earlier: Share = 0.0
+    """Share of drafts that begin as the block `back` blocks before, where there is one, some of the
+    edits that it needs done already. The shares below are of the other drafts."""
+    back: int = Field(default=2, ge=1)
+    """How many blocks before."""
     right: Share = 0.25
-    """Share of drafts that need nothing."""
+    """Share that needs nothing."""
     near: Share = 0.2
     """Share that is one edit away."""
     cut: Share = 0.15
@@ -119,7 +124,7 @@ class DraftsConfig(ConfigModel):
     opened: float = Field(default=0.25, ge=0, lt=1)
     """Share of those in which all are; in the others a share drawn uniformly."""
     own: Share = 0.0
-    """Share of drafts that the model writes itself, starting from masks."""
+    """Share of drafts that the model writes itself, from masks or from the earlier block on."""
     own_steps: int = Field(default=4, ge=1)
     """Most steps it writes for; 1 to this many are drawn."""
     fixed_length: bool = False

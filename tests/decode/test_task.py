@@ -153,3 +153,14 @@ def test_another_tokenizers_text_is_refused(corpus: Corpus, tmp_path: Path) -> N
     )
     with pytest.raises(ArtifactError, match="packed with 320 token ids, the model has 300"):
         decoded(other, tmp_path, decoder)
+
+
+def test_prompts_say_where_their_blocks_begin(corpus: Corpus, tmp_path: Path) -> None:
+    """Blocks are of five tokens, and a prompt of 12 is cut inside its third."""
+    decoder = DecoderConfig(strategy=ArStrategy(), precision="fp32")
+    decoded(corpus, tmp_path, decoder, ContinuationTask(prompts=3, prompt_tokens=12, new_tokens=8))
+    _, table, _ = read_trace(tmp_path / "trace.arrows")
+    for request in range(3):
+        mine = [e for e in table.to_pylist() if e["request"] == request and e["type"] == "PROMPT"]
+        begins = {e["uid"]: e["length"] for e in mine if e["length"] != -1}
+        assert begins == {1: 5, 6: 5, 11: 2}

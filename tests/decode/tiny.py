@@ -64,9 +64,9 @@ def edit_model(
 
 
 def tiny_prompts(count: int = 6, *, seed: int = 0) -> list[Prompt]:
-    """Prompts of different lengths, an empty one among them."""
+    """Prompts of different lengths, an empty one among them, in blocks of three."""
     rng = np.random.default_rng(seed)
-    return [Prompt(i, f"text-{i}", rng.integers(1, V, size=3 * i)) for i in range(count)]
+    return [Prompt(i, f"text-{i}", rng.integers(1, V, size=3 * i), (3,) * i) for i in range(count)]
 
 
 def header(requests: int, **more: str) -> dict[str, str]:

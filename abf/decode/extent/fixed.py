@@ -10,6 +10,7 @@ class Fixed:
     """The same extent, whatever the text."""
 
     needs_lengths = False
+    back = 0
 
     def __init__(self, length: int) -> None:
         self.extent = Extent(length)

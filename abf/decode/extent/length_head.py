@@ -26,6 +26,7 @@ class LengthHead:
     """Draw a length, or take the likeliest."""
 
     needs_lengths = True
+    back = 0
 
     def __init__(self, *, sample: bool, late: float) -> None:
         self.sample, self.late = sample, late

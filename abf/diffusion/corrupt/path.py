@@ -10,6 +10,7 @@ longest block.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -103,9 +104,10 @@ class Path:
             drafted = uniform(*keys, _DRAFTED) < self.cfg.drafts.share
             weight = weight / (1 - self.cfg.drafts.share)
             own = own_steps(self.cfg.drafts, keys)
-            finished = _finished(batch, row, start, clean, columns)
-            cells = draft(finished, self.cfg.drafts, keys=keys, vocab=self.mask_id)
-            drafts = self._drafts(cells, columns, np.where(own > 0, opened(columns, keys), 0))
+            finished = _finished(batch, row, start, clean, columns, back=self.cfg.drafts.back)
+            *cells, revised = draft(finished, self.cfg.drafts, keys=keys, vocab=self.mask_id)
+            masks = np.where((own > 0) & ~revised, opened(columns, keys), 0)
+            drafts = self._drafts(cells, columns, masks)
             text, slots = _either(drafted, drafts, (text, slots), empty=self.mask_id)
         noisy_ids, block_start, first = lay_out(
             row, start, text, slots, rows=B, end_id=self.mask_id + 1
@@ -123,13 +125,14 @@ class Path:
 
     def _drafts(
         self,
-        cells: tuple[NDArray[np.int64], NDArray[np.bool_]],
+        cells: Sequence[NDArray[Any]],
         columns: NDArray[np.int64],
         masks: NDArray[np.int64],
     ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Text and slots of drafts: of their cells, or so many masks [K] for the model to write."""
+        """Text and slots of drafts: of their cells and which are there, or so many masks [K] that
+        the model is to write."""
         assert self.cfg.drafts is not None
-        text, slots = squeeze(*cells, empty=self.mask_id)
+        text, slots = squeeze(cells[0], cells[1], empty=self.mask_id)
         if self.cfg.drafts.fixed_length:
             slots = columns  # MASK pads a text anyway
         text[masks > 0] = self.mask_id
@@ -159,8 +162,10 @@ def _finished(
     start: NDArray[np.int64],
     clean: NDArray[np.int64],
     columns: NDArray[np.int64],
+    *,
+    back: int,
 ) -> Finished:
-    """Blocks, what comes after them, and what stands near them."""
+    """Blocks, what comes before and after them, and what stands near them."""
     L = batch.token_ids.shape[1]
     after = (start + columns)[:, None] + np.arange(OVERRUN)
     at = np.minimum(after, L - 1)
@@ -168,8 +173,12 @@ def _finished(
     same = (after < L) & (batch.document_id[row[:, None], at] == here)
     # A row begins with its first document's token, and a charged one comes next.
     nearby = np.where(predicted(batch), batch.token_ids, batch.token_ids[:, 1:2])
+    number = np.arange(len(row))
+    before = np.maximum(number - back, 0)
+    apart = (row[before] != row) | (batch.document_id[row, start[before]] != here[:, 0])
+    earlier = np.where((number < back) | apart, -1, before)
     return Finished(
-        clean, columns, batch.token_ids[row[:, None], at], same.sum(axis=1), nearby[row]
+        clean, columns, batch.token_ids[row[:, None], at], same.sum(axis=1), nearby[row], earlier
     )
 
 

@@ -1,10 +1,11 @@
 """Drafts: finished blocks with mistakes such as a sampler makes, to learn edits from.
 
 Kinds: right already; one edit away; cut short or a span missing; running on into the next block; an
-n-gram said twice; tokens dropped, replaced and added at random. In some of each kind tokens are
-masked, in some of these all of them (a block just opened with a wrong length). What a draft needs
-is found afterwards by alignment (`abf.diffusion.policy.align`).
-Source: notes/method.md §E4; over-runs and truncations are this project's.
+n-gram said twice; tokens dropped, replaced and added at random; an earlier block of the document on
+its way to this one. In some of each kind tokens are masked, in some of these all of them (a block
+just opened with a wrong length). What a draft needs is found afterwards by alignment
+(`abf.diffusion.policy.align`).
+Source: notes/method.md §E4; over-runs, truncations and earlier blocks are this project's.
 
 Letters: K blocks, n columns (finished tokens) and m slots of the longest, C cells: the tokens and
 what may be put between them.
@@ -18,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from abf.diffusion.config import DraftsConfig
+from abf.diffusion.policy.align import align
 from abf.diffusion.rng import uniform
 
 GRAM, OVERRUN = 4, 8
@@ -27,6 +29,7 @@ GRAM, OVERRUN = 4, 8
     range(16, 28)
 )
 _HIDE_BEYOND = 28
+_DONE, _SLOT, _COLUMN, _SHOWN = range(29, 33)
 """Substreams of random numbers."""
 
 
@@ -48,11 +51,13 @@ class Finished:
     """[K] how many of them there are."""
     nearby: NDArray[np.int64]
     """[K, P] tokens of the same row, any of which may be taken for another."""
+    earlier: NDArray[np.int64]
+    """[K] number of the block `back` blocks before in the same document, or -1."""
 
 
 def draft(
     finished: Finished, cfg: DraftsConfig, *, keys: Keys, vocab: int
-) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+) -> tuple[NDArray[np.int64], NDArray[np.bool_], NDArray[np.bool_]]:
     """One draft of each block.
 
     Args:
@@ -62,7 +67,8 @@ def draft(
         vocab: V; MASK is V.
 
     Returns:
-        cells [K, C] tokens and MASKs, and which of them are there.
+        cells [K, C] tokens and MASKs, which of them are there, and which drafts began as an earlier
+        block [K].
     """
     clean, columns = finished.clean, finished.columns
     K, n = clean.shape
@@ -87,7 +93,11 @@ def draft(
         return np.where(u < 0.5, (place * vocab).astype(np.int64), near_ids)
 
     edges = np.cumsum([cfg.right, cfg.near, cfg.cut, cfg.overrun, cfg.repeat])
-    kind = (one(_KIND)[:, None] >= edges).sum(axis=1)
+    drawn, share = one(_KIND), cfg.earlier
+    revised = drawn < share
+    drawn = np.where(revised, drawn / (share or 1), (drawn - share) / ((1 - share) or 1))
+    revised &= finished.earlier >= 0
+    kind = (drawn[:, None] >= edges).sum(axis=1)
     amount, place, choice = one(_AMOUNT), one(_PLACE), one(_CHOICE)
     there, added = real.copy(), np.zeros((K, n + 1), dtype=np.int64)
     replaced = np.zeros((K, n), dtype=bool)
@@ -136,6 +146,15 @@ def draft(
     present = np.concatenate([extra[:, :n], there[..., None]], axis=2).reshape(K, n * (GRAM + 1))
     runs_on = np.arange(OVERRUN) < beyond[:, None]
     present = np.concatenate([present, extra[:, n], runs_on], axis=1)
+    if revised.any():
+        chosen = np.flatnonzero(revised)
+        edited = many(_SLOT, n)[chosen], many(_COLUMN, n)[chosen]
+        way = _on_the_way(
+            finished, chosen, one(_DONE)[chosen], edited, many(_SHOWN, n)[chosen], mask_id=vocab
+        )
+        present[chosen] = False
+        # Cells of a draft that is made here are five a token and more: these fit in.
+        cells[chosen, : 2 * n], present[chosen, : 2 * n] = way
 
     level = one(_LEVEL)
     hidden = np.where(level < cfg.opened, 1.0, (level - cfg.opened) / (1 - cfg.opened))
@@ -143,7 +162,61 @@ def draft(
     # draft must not depend on the blocks beside it.
     chance = many(_HIDE, cells.shape[1] - OVERRUN), many(_HIDE_BEYOND, OVERRUN)
     hide = (one(_MASKED) < cfg.masked)[:, None] & (np.concatenate(chance, 1) < hidden[:, None])
-    return np.where(hide, vocab, cells), present
+    return np.where(hide, vocab, cells), present, revised
+
+
+def _on_the_way(
+    finished: Finished,
+    chosen: NDArray[np.intp],
+    share: NDArray[np.float64],
+    edited: tuple[NDArray[np.float64], NDArray[np.float64]],
+    inserted: NDArray[np.float64],
+    *,
+    mask_id: int,
+) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+    """Earlier blocks, each with some of the edits done that make it the block.
+
+    In half of them none is done, in the others each with a probability that is uniform. Half of
+    what is inserted is a MASK, as in the sampler.
+
+    Args:
+        finished: the blocks.
+        chosen: [R] which of them; each has an earlier one.
+        share: [R] random numbers: how much is done.
+        edited: [R, n] each, random numbers: which slots of the earlier block are done, and which
+            columns of the block.
+        inserted: [R, n] random numbers: which inserted tokens are MASKs.
+        mask_id: id of MASK.
+
+    Returns:
+        cells [R, 2n], and which of them are there.
+    """
+    before = finished.earlier[chosen]
+    clean, columns = finished.clean[chosen], finished.columns[chosen]
+    text, slots = finished.clean[before], finished.columns[before]
+    found = align(clean, columns, text, slots, mask_id=mask_id)
+    column = np.arange(clean.shape[1])
+    stands, exists = found.column >= 0, column < slots[:, None]
+    bar = np.maximum(0, 2 * share - 1)[:, None]
+    done, put = (u < bar for u in edited)
+    right = np.take_along_axis(clean, np.maximum(found.column, 0), axis=1)
+    kept = np.where(stands & done, right, text)
+
+    # A column that no slot stands for goes into the gap that it is missing in.
+    absent = (column < columns[:, None]) & ~(found.column[:, :, None] == column).any(axis=1)
+    order = absent.cumsum(axis=1) - 1
+    gap = (found.missing.cumsum(axis=1)[:, None] <= order[..., None]).sum(axis=2)
+    added = np.where(inserted < 0.5, mask_id, clean)
+
+    nowhere = 2 * clean.shape[1] + 2
+    places = np.where(exists, 2 * column + 1, nowhere), np.where(absent, 2 * gap, nowhere)
+    sequence = np.concatenate(places, axis=1).argsort(axis=1, kind="stable")
+    cells = np.concatenate([kept, added], axis=1)
+    there = np.concatenate([exists & (stands | ~done), absent & put], axis=1)
+    return (
+        np.take_along_axis(cells, sequence, axis=1),
+        np.take_along_axis(there, sequence, axis=1),
+    )
 
 
 def own_steps(cfg: DraftsConfig, keys: Keys) -> NDArray[np.int64]:

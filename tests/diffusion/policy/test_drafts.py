@@ -138,3 +138,82 @@ def test_drafts_do_not_depend_on_the_batch(kind: str) -> None:
             part = drafts_of(take(BATCH, [row]), seed=seed, masked=1.0, **kinds)
             lines = zip(pairs(whole), whole.drafts.row, strict=True)
             assert [pair for pair, at in lines if at == row] == pairs(part)
+
+
+def before(noised: PathNoised, back: int) -> list[list[int] | None]:
+    """Of each draft, the block that many before it in its document, by walking over the row."""
+    found: list[list[int] | None] = []
+    for row, start in zip(noised.drafts.row, noised.drafts.start, strict=True):
+        blocks: list[list[int]] = []
+        last = None
+        for slot in range(start):
+            if BATCH.document_id[row, slot] != BATCH.document_id[row, start]:
+                continue
+            if BATCH.block_id[row, slot] != last:
+                blocks.append([])
+            blocks[-1].append(int(BATCH.token_ids[row, slot]))
+            last = BATCH.block_id[row, slot]
+        blocks = blocks[1:]  # the document token is no block
+        found.append(blocks[-back] if len(blocks) >= back else None)
+    return found
+
+
+@pytest.mark.parametrize("back", [1, 2])
+def test_an_earlier_block_on_its_way_has_some_of_its_edits_done(back: int) -> None:
+    """A text between two others on a shortest way: its distances add up to theirs. A mask that was
+    inserted is an edit on either side."""
+    untouched, between, masks = 0, 0, 0
+    for seed in range(60):
+        noised = drafts_of(BATCH, seed=seed, right=1.0, earlier=1.0, back=back)
+        for (draft, finished), earlier in zip(pairs(noised), before(noised, back), strict=True):
+            if earlier is None:
+                assert draft == finished
+                continue
+            whole = edits(earlier, finished)
+            assert edits(earlier, draft) + edits(draft, finished) == whole + draft.count(V)
+            untouched += draft == earlier
+            between += draft not in (earlier, finished)
+            masks += V in draft
+    assert 0.45 < untouched / (untouched + between) < 0.85
+    assert masks > 5
+
+
+def test_earlier_blocks_leave_the_other_drafts_what_they_are() -> None:
+    """A block without an earlier one draws the kind that it would have drawn anyway."""
+    kinds: dict[str, Any] = {"right": 0.2, "near": 0.3, "cut": 0.2, "repeat": 0.1, "masked": 0.0}
+    plain, some = drafts_of(BATCH, **kinds), drafts_of(BATCH, **kinds, earlier=1.0, share=0.5)
+    compared = 0
+    for one, other, earlier in zip(pairs(plain), pairs(some), before(some, 2), strict=True):
+        if earlier is None:
+            assert one == other
+            compared += 1
+    assert compared > 2
+
+
+def test_as_many_drafts_are_earlier_blocks_as_asked_for() -> None:
+    counts = [0, 0]
+    for seed in range(200):
+        noised = drafts_of(BATCH, seed=seed, right=1.0, earlier=0.3, back=1)
+        for (draft, finished), earlier in zip(pairs(noised), before(noised, 1), strict=True):
+            counts[0] += earlier is not None and draft != finished
+            counts[1] += earlier is not None
+    # One in many on its way has arrived.
+    assert 0.24 < counts[0] / counts[1] < 0.31
+
+
+def test_earlier_blocks_do_not_depend_on_the_batch() -> None:
+    kinds: dict[str, Any] = {"right": 1.0, "earlier": 0.8, "masked": 0.7, "back": 1, "share": 0.8}
+    whole, part = drafts_of(BATCH, **kinds), drafts_of(take(BATCH, [1]), **kinds)
+    mine = [pair for pair, row in zip(pairs(whole), whole.drafts.row, strict=True) if row == 1]
+    assert mine == pairs(part)
+
+
+def test_a_draft_of_its_own_starts_from_the_earlier_block() -> None:
+    kinds: dict[str, Any] = {"right": 1.0, "earlier": 1.0, "back": 1}
+    made, own = drafts_of(BATCH, **kinds), drafts_of(BATCH, **kinds, own=1.0)
+    assert (own.own_steps > 0).all()
+    for one, other, earlier in zip(pairs(made), pairs(own), before(own, 1), strict=True):
+        if earlier is None:
+            assert set(other[0]) == {V}
+        else:
+            assert one == other
