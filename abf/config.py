@@ -155,6 +155,16 @@ class RunConfig(ConfigModel):
                 f"train.batch_rows={self.train.batch_rows}"
             )
 
+    @property
+    def settled_decoders(self) -> dict[str, DecoderConfig]:
+        """The decoders, with what they leave to the run's training said: what is planned."""
+        return {name: each.trained_with(self._late()) for name, each in self.decoders.items()}
+
+    def _late(self) -> float:
+        """p_D of the training: 0 where no token comes late."""
+        corruption = getattr(self.train.objective, "corruption", None)
+        return corruption.late if corruption is not None and corruption.kind == "path" else 0.0
+
     def _check_edits(self, name: str, decoder: DecoderConfig) -> None:
         """A strategy that reads edit heads needs a model whose training has them."""
         strategy, objective = decoder.strategy, self.train.objective
@@ -164,9 +174,12 @@ class RunConfig(ConfigModel):
                 f"decoders.{name}.reopen={decoder.reopen} reads the AR audit, which a model with "
                 "train.objective.loss.clean_stream 'block_causal' does not give"
             )
-        extent, corruption = decoder.extent, getattr(objective, "corruption", None)
-        late = corruption.late if corruption is not None and corruption.kind == "path" else 0.0
-        if extent is not None and extent.kind == "length_head" and extent.late not in (0, late):
+        extent, late = decoder.extent, self._late()
+        if (
+            extent is not None
+            and extent.kind == "length_head"
+            and extent.late not in (None, 0, late)
+        ):
             raise ValueError(
                 f"decoders.{name}.extent.late={extent.late}, but the length head was trained with "
                 f"train.objective.corruption.late={late}; say that, or 0 for the masks at the start"

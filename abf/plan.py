@@ -157,7 +157,7 @@ class Plan:
         for task, task_cfg in cfg.tasks.items():
             if task_cfg.kind not in GENERATIVE_KINDS:
                 continue
-            for decoder, decoder_cfg in cfg.decoders.items():
+            for decoder, decoder_cfg in cfg.settled_decoders.items():
                 name = f"{task}.{decoder}"
                 decodes[name] = self._add(
                     "decode",
@@ -176,7 +176,9 @@ class Plan:
             cell.name,
             {
                 "tasks": {name: _dump(task) for name, task in cfg.tasks.items()},
-                "decoders": {name: _dump(decoder) for name, decoder in cfg.decoders.items()},
+                "decoders": {
+                    name: _dump(decoder) for name, decoder in cfg.settled_decoders.items()
+                },
                 "scoring": _dump(cfg.scoring),
                 "objective": objective,
                 "seed": cfg.seed,

@@ -140,6 +140,24 @@ def test_merge_keys_and_numbers_with_an_exponent(tmp_path: Path) -> None:
     assert config.train.objective.kind == "block"
 
 
+def test_a_decoder_opens_blocks_as_its_model_was_trained(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(
+        "train: {objective: {kind: block, corruption: {kind: path, late: 0.3, wrong: 0.2}}}\n"
+        "decoders:\n"
+        "  open: {strategy: {kind: abf}, extent: {kind: length_head}}\n"
+        "  masks: {strategy: {kind: abf}, extent: {kind: length_head, late: 0}}\n"
+        "  path: {strategy: {kind: path, late: 0.3, wrong: 0.2}, extent: {kind: length_head}, "
+        "sampler: {temperature: 1.0}}\n"
+        "  fixed: {strategy: {kind: abf}, extent: {kind: fixed, length: 4}}\n"
+    )
+    settled = load(path).settled_decoders
+    late = {name: getattr(each.extent, "late", None) for name, each in settled.items()}
+    assert late == {"open": 0.3, "masks": 0.0, "path": 0.0, "fixed": None}
+    plain = RunConfig().settled_decoders["threshold_09"].extent
+    assert getattr(plain, "late", None) == 0.0
+
+
 def test_missing_file_and_wrong_encoding(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"nothing\.yaml does not exist"):
         load(tmp_path / "nothing.yaml")

@@ -117,9 +117,10 @@ class LengthHeadExtent(ConfigModel):
     kind: Literal["length_head"] = "length_head"
     pick: Literal["sample", "mode"] = "sample"
     """Draw a length, or take the likeliest."""
-    late: float = Field(default=0.0, ge=0, lt=1)
+    late: float | None = Field(default=None, ge=0, lt=1)
     """p_D of the corruption that the model was trained with: its head counts the masks at the start
-    of a path, and the block is opened with as many as it has tokens when finished."""
+    of a path, and the block is opened with as many as it has tokens when finished. None takes that
+    of the run's training; 0 opens with the masks at the start."""
 
 
 class EarlierExtent(ConfigModel):
@@ -194,6 +195,14 @@ class DecoderConfig(ConfigModel):
                 "strategy `ar` takes no extent; every other strategy needs one "
                 f"(strategy.kind={self.strategy.kind}, extent={self.extent})"
             )
+
+    def trained_with(self, late: float) -> DecoderConfig:
+        """The same with the p_D of its model's training, where it leaves that open."""
+        extent = self.extent
+        if extent is None or extent.kind != "length_head" or extent.late is not None:
+            return self
+        own = 0.0 if self.strategy.kind == "path" else late
+        return self.model_copy(update={"extent": extent.model_copy(update={"late": own})})
 
     def _check_earlier(self) -> None:
         edits = ("insert", "substitute", "delete")

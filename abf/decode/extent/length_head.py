@@ -71,5 +71,5 @@ def _thinning(S: int, least: int, late: float) -> tuple[NDArray[np.float64], NDA
 
 
 def build(cfg: LengthHeadExtent) -> LengthHead:
-    """The policy of its config."""
-    return LengthHead(sample=cfg.pick == "sample", late=cfg.late)
+    """The policy of its config; a run has settled `late` (`abf.config`), alone it is 0."""
+    return LengthHead(sample=cfg.pick == "sample", late=cfg.late or 0.0)
