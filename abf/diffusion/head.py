@@ -1,9 +1,7 @@
-"""Cross-entropy through the vocabulary head without holding all logits.
+"""Cross-entropy through the vocabulary head without holding all logits: the seam to `masked_loss`,
+and log-probabilities of several tokens a row.
 
-Letters: R rows, d width, V vocabulary, T tokens looked up a row. Rows go through the head in
-chunks. `head_nll`: where gradients are wanted they are computed in the same pass (each row's weight
-is known beforehand), so no logits are kept and none are computed twice. Same idea as Liger's fused
-linear cross-entropy (arXiv 2410.10989).
+Letters: R rows, d width, V vocabulary, T tokens looked up a row.
 """
 
 from __future__ import annotations
@@ -12,17 +10,20 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from abf_kernels.masked_loss.api import CHUNK, Backend, masked_loss
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from abf.diffusion.flops import count, products
 
-CHUNK = 1 << 25
-"""Logits held at once, in elements (128 MiB in fp32)."""
-
 
 def head_nll(
-    states: Tensor, matrix: Tensor, target: Tensor, weight: Tensor | None = None
+    states: Tensor,
+    matrix: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    *,
+    backend: Backend,
 ) -> tuple[Tensor, Tensor]:
     """Weighted sum of -log softmax(states @ matrix.T)[target], and its summands.
 
@@ -33,65 +34,20 @@ def head_nll(
         matrix: [V, d].
         target: [R] int64 in 0..V-1.
         weight: [R], constants; ones by default.
+        backend: back end of `abf_kernels.masked_loss`.
 
     Returns:
         The sum (scalar, differentiable in states and matrix) and the weighted nats [R] (without
         gradient).
     """
-    if weight is None:
-        weight = states.new_ones(len(states))
-    grads = torch.is_grad_enabled() and (states.requires_grad or matrix.requires_grad)
-    device = states.device.type
-    low = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else states.dtype
     count(products(len(states), matrix.numel()))
-    total, nll = _HeadNll.apply(states, matrix, target, weight, low, grads)
-    return total, nll
+    low = _precision(states)
+    return masked_loss(states, matrix, target, weight, backend=backend, precision=low)
 
 
-class _HeadNll(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        states: Tensor,
-        matrix: Tensor,
-        target: Tensor,
-        weight: Tensor,
-        low: torch.dtype,
-        grads: bool,
-    ) -> tuple[Tensor, Tensor]:
-        wide = torch.promote_types(states.dtype, torch.float32)
-        nll = torch.empty(len(states), dtype=wide, device=states.device)
-        grad_states = torch.empty_like(states) if grads else None
-        grad_matrix = torch.zeros_like(matrix) if grads else None
-        with torch.autocast(states.device.type, enabled=False):
-            low_states, low_matrix = states.to(low), matrix.to(low)
-            for part in _parts(states, matrix):
-                # One pass converts to fp32 and normalises.
-                log_probs = (low_states[part] @ low_matrix.T).log_softmax(dim=1, dtype=wide)
-                picked = target[part, None]
-                nll[part] = -log_probs.gather(1, picked)[:, 0]
-                if grad_states is None or grad_matrix is None:
-                    continue
-                # d nll / d logits = softmax - one-hot, written over the log-probabilities.
-                slope = log_probs.exp_()
-                slope.scatter_add_(1, picked, slope.new_full(picked.shape, -1.0))
-                slope = slope.mul_(weight[part, None].to(wide)).to(low)
-                grad_states[part] = slope @ low_matrix
-                grad_matrix += slope.T @ low_states[part]
-            nll.mul_(weight)
-        if grads:
-            ctx.save_for_backward(grad_states, grad_matrix)
-        ctx.mark_non_differentiable(nll)
-        return nll.sum(), nll
-
-    @staticmethod
-    @once_differentiable  # untyped in torch, hence:
-    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
-        ctx: Any, *grad_outputs: Tensor
-    ) -> tuple[Tensor | None, ...]:
-        grad_states, grad_matrix = ctx.saved_tensors
-        grad_total = grad_outputs[0]
-        return grad_states * grad_total, grad_matrix * grad_total, None, None, None, None
+def _precision(states: Tensor) -> torch.dtype:
+    device = states.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else states.dtype
 
 
 def head_reads(
@@ -112,10 +68,8 @@ def head_reads(
     Returns:
         [R, T] and [R], nats in at least fp32.
     """
-    device = states.device.type
-    low = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else states.dtype
     count(products(len(states), matrix.numel()))
-    return _HeadReads.apply(states, matrix, tokens, mix, low)
+    return _HeadReads.apply(states, matrix, tokens, mix, _precision(states))
 
 
 class _HeadReads(torch.autograd.Function):

@@ -134,7 +134,7 @@ def loss_terms(
         noised: their noisy stream; None (with `loss` None) trains the AR model on the clean stream
             alone.
         loss: settings of the block objective.
-        backend: attention back end.
+        backend: back end of the operators.
         only: terms to compute of the block objective's; all by default.
         guide: what a teacher says of the masked slots; none charges nothing for it.
     """
@@ -165,7 +165,7 @@ def ar_charges(model: Backbone, batch: PackedBatch, *, backend: Backend) -> Char
     """Next-token NLL of every charged token, from the clean stream alone."""
     reads = next_token_reads(batch, noisy=0)
     states = read_states(model, one_stream(batch), reads.readout, backend=backend)
-    return Charges(*head_nll(states, model.head_weight, reads.target), reads.slot)
+    return Charges(*head_nll(states, model.head_weight, reads.target, backend=backend), reads.slot)
 
 
 @on_its_device
@@ -210,7 +210,7 @@ def block_charges(
 
             return _Reading(reads.rows, charge)
         reads = mask_reads(batch, noised, shift=loss.shift)
-        return _tokens(model, reads, torch.as_tensor(noised.weight[noised.masked]))
+        return _tokens(model, reads, torch.as_tensor(noised.weight[noised.masked]), backend)
 
     def length() -> _Reading:
         reads = length_reads(batch, noisy=noisy)
@@ -228,7 +228,7 @@ def block_charges(
         return _Reading(reads.readout, charge)
 
     def ar() -> _Reading:
-        return _tokens(model, next_token_reads(batch, noisy=noisy), None)
+        return _tokens(model, next_token_reads(batch, noisy=noisy), None, backend)
 
     @functools.cache
     def drafts() -> tuple[Blocks, DraftLabels, BlockReads, float]:
@@ -241,7 +241,7 @@ def block_charges(
         blocks, found, reads, share = drafts()
 
         def charge(states: Tensor) -> Charges:
-            total, nats, watch = edit_charges(model, states, reads, found)
+            total, nats, watch = edit_charges(model, states, reads, found, backend=backend)
             return Charges(total / share, nats / share, _first_slots(blocks, L), watch)
 
         return _Reading(reads.rows, charge)
@@ -296,11 +296,11 @@ class _Reading:
     charge: Callable[[Tensor], Charges]
 
 
-def _tokens(model: Backbone, reads: Reads, weight: Tensor | None) -> _Reading:
+def _tokens(model: Backbone, reads: Reads, weight: Tensor | None, backend: Backend) -> _Reading:
     """Cross-entropy of single tokens."""
 
     def charge(states: Tensor) -> Charges:
-        total, nll = head_nll(states, model.head_weight, reads.target, weight)
+        total, nll = head_nll(states, model.head_weight, reads.target, weight, backend=backend)
         return Charges(total, nll, reads.slot)
 
     return _Reading(reads.readout, charge)

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import torch
+from abf_kernels.masked_loss.api import Backend
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -90,7 +91,7 @@ def labels(blocks: Blocks, *, mask_id: int) -> DraftLabels:
 
 
 def edit_charges(
-    heads: Heads, states: Tensor, reads: BlockReads, found: DraftLabels
+    heads: Heads, states: Tensor, reads: BlockReads, found: DraftLabels, *, backend: Backend
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Nats of gates, missing tokens and rewritten tokens.
 
@@ -103,6 +104,7 @@ def edit_charges(
         states: [R + K*(m+1), d] of `reads.rows`.
         reads: what they belong to.
         found: what the drafts need.
+        backend: back end of `abf_kernels.masked_loss`.
 
     Returns:
         the sum (scalar, differentiable), the nats of each draft [K] and `watch` counts (both
@@ -126,7 +128,7 @@ def edit_charges(
     wanted = found.rewritten[reads.block, reads.slot]
     rows, block = wanted.nonzero()[:, 0], reads.block[wanted]
     target = found.target[block, reads.slot[wanted]]
-    total, nll = head_nll(states[rows], heads.head_weight, target)
+    total, nll = head_nll(states[rows], heads.head_weight, target, backend=backend)
     nats = cost.detach().index_add(0, block, nll.to(cost.dtype))
     seen = found.exists & ~found.is_mask
     watch = watch_edits(said.detach()[seen], found.action[seen], expected.detach(), due)
