@@ -31,10 +31,9 @@ class MixedAttend(CacheAttend):
             cache, query_lengths=query_lengths, own="causal", backend=backend
         )
 
-    def ranges(self, rows: int) -> Tensor:
-        """[B, rows, 4]: of each request, its causal or its whole-block ranges."""
-        chosen = self._causal[:, None, None]
-        return torch.where(chosen, self._ordered.ranges(rows), super().ranges(rows))
+    def seen(self, rows: int) -> Tensor:
+        """[B, rows]: of each request, as its causal or its whole-block rows see."""
+        return torch.where(self._causal[:, None], self._ordered.seen(rows), super().seen(rows))
 
 
 @dataclass

@@ -1,6 +1,6 @@
 """The one attention seam: everything the model knows about who sees whom goes through here.
 
-Letters: B batch rows, M query rows, N key rows, H/G query/kv heads, D head dim, T cached keys.
+Letters: B batch rows, M query rows, H/G query/kv heads, D head dim.
 The back end is chosen explicitly by the caller; an unknown or unfit one is an error, never a
 silent replacement.
 """
@@ -11,6 +11,7 @@ from typing import Literal, Protocol
 
 import torch
 from abf_kernels.block_attention.api import block_attention
+from abf_kernels.block_decode.api import Requests, block_decode, requests
 from torch import Tensor
 
 from abf.model.cache import KVCache
@@ -58,9 +59,9 @@ class CacheAttend:
 
     Args:
         cache: keys and values of the committed text; the new rows' are recorded in it.
-        query_lengths: [B] int, valid new rows of each request (at most M).
+        query_lengths: [B] int, valid new rows of each request (1 to M).
         own: `block`, a new row sees all its request's new rows; `causal`, those up to itself.
-        backend: back end of `abf_kernels.block_attention`.
+        backend: back end of `abf_kernels.block_decode`.
     """
 
     def __init__(
@@ -76,30 +77,47 @@ class CacheAttend:
         )
         self.cache, self.query_lengths, self.own = cache, query_lengths, own
         self.backend: AttentionBackend = backend
-        self._ranges: Tensor | None = None
+        self._asked: Requests | None = None
 
-    def ranges(self, rows: int) -> Tensor:
-        """[B, rows, 4] int64: (0, n_b, T, T + new rows seen), all 0 on rows that are not valid."""
-        cached, valid = self.cache.lengths[:, None], self.query_lengths[:, None]
-        row = torch.arange(rows, device=cached.device)[None]
+    def seen(self, rows: int) -> Tensor:
+        """[B, rows] int64: how many of its request's new rows each row sees; 0 if not valid."""
+        valid = self.query_lengths[:, None]
+        row = torch.arange(rows, device=valid.device)[None]
         seen = valid.expand(-1, rows) if self.own == "block" else row + 1
-        start = self.cache.span
-        ranges = torch.stack(
-            [
-                torch.zeros_like(row).expand(len(cached), -1),
-                cached.expand(-1, rows),
-                torch.full_like(row, start).expand(len(cached), -1),
-                (start + seen).expand(len(cached), -1),
-            ],
-            dim=-1,
-        )
-        return ranges * (row < valid).unsqueeze(-1)
+        return seen * (row < valid)
 
     def __call__(
         self, layer: int, q: Tensor, k: Tensor, v: Tensor, rows: Tensor | None = None
     ) -> Tensor:
-        if self._ranges is None:
-            self._ranges = self.ranges(k.shape[2])
-        ranges = self._ranges if rows is None else self._ranges[:, rows]
-        keys, values = self.cache.write(layer, k, v)
-        return block_attention(q, keys, values, ranges, backend=self.backend)
+        B, _, M, _ = k.shape
+        self.cache.write(layer, k, v)
+        if layer == 0:
+            self._asked = self._requests(M, None)
+        asked = self._asked if rows is None else self._requests(M, rows)
+        assert asked is not None, "layers come in their order"
+        q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (q, k, v))
+        found = block_decode(
+            q, k, v, self.cache.keys[layer], self.cache.values[layer], asked, backend=self.backend
+        )
+        return found.unflatten(0, (B, -1)).transpose(1, 2)
+
+    def _requests(self, M: int, rows: Tensor | None) -> Requests:
+        """Request b has the rows from b*M on; its cache is one page as long as the buffer. With
+        `rows`, which only a batch of one request has, it asks for those alone."""
+        B, device = len(self.query_lengths), self.query_lengths.device
+        first = torch.arange(B, dtype=torch.int32, device=device) * M
+        own = torch.stack((first, first + self.query_lengths.int()), dim=1)
+        queries, seen = own, self.seen(M).flatten().int()
+        if rows is not None:
+            queries, seen = queries.new_tensor([[0, len(rows)]]), seen[rows]
+        return requests(
+            torch.arange(B, dtype=torch.int32, device=device)[:, None],
+            self.cache.lengths.int(),
+            queries,
+            own,
+            seen,
+            page_size=self.cache.capacity,
+            pages=B,
+            rows=len(seen),
+            own_rows=B * M,
+        )

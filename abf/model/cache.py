@@ -42,8 +42,8 @@ class KVCache:
         """Rows that fit before the buffers grow."""
         return self.keys[0].shape[2]
 
-    def write(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Record a layer's new rows; return all keys and values [B, G, T + M, D] to attend to."""
+    def write(self, layer: int, k: Tensor, v: Tensor) -> None:
+        """Record a layer's new rows."""
         rows = k.shape[2]
         end = self.span + rows
         if layer == 0:
@@ -55,7 +55,6 @@ class KVCache:
         )
         self.keys[layer][:, :, self.span : end] = k.detach()
         self.values[layer][:, :, self.span : end] = v.detach()
-        return self.keys[layer][:, :, :end], self.values[layer][:, :, :end]
 
     def commit(self, lengths: Tensor) -> None:
         """Append the first `lengths[b]` rows of the last forward pass to request b, [B] int64."""

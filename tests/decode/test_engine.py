@@ -252,7 +252,7 @@ def test_block_causal_commit_sees_the_whole_block(model: Transformer) -> None:
         )
         own = "causal" if causal else "block"
         plain = CacheAttend(cache, query_lengths=lengths, own=own, backend="reference")
-        assert attend.ranges(3).tolist() == plain.ranges(3).tolist()
+        assert attend.seen(3).tolist() == plain.seen(3).tolist()
         with torch.inference_mode():
             found.append(model.hidden(torch.tensor([[5, 6, 7]]), torch.arange(3)[None], attend))
     assert not torch.allclose(found[0][0, 0], found[1][0, 0])

@@ -97,16 +97,18 @@ def test_audit_is_what_the_log_says(decoded: Path, figures: dict[str, Measure]) 
 def test_passes_rebuilt_from_the_log_are_those_that_ran(
     corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Counter: the ranges each pass really attended to."""
+    """Counter: the keys that the rows of each pass really attended to."""
     pairs: list[int] = []
-    real: Callable[..., Any] = MixedAttend.ranges
+    real: Callable[..., Any] = MixedAttend._requests
 
-    def counting(self: MixedAttend, rows: int) -> torch.Tensor:
-        ranges = real(self, rows)
-        pairs.append(int((ranges[..., 1] - ranges[..., 0] + ranges[..., 3] - ranges[..., 2]).sum()))
-        return ranges
+    def counting(self: MixedAttend, rows: int, read: torch.Tensor | None) -> Any:
+        asked = real(self, rows, read)
+        if read is None:
+            new = (asked.queries[:, 1] - asked.queries[:, 0]).long()
+            pairs.append(int(asked.seen.sum() + (new * asked.lengths).sum()))
+        return asked
 
-    monkeypatch.setattr(MixedAttend, "ranges", counting)
+    monkeypatch.setattr(MixedAttend, "_requests", counting)
     made(corpus, tmp_path)
     _, events, _ = read_trace(tmp_path / "trace.arrows")
     passes = passes_from_log(events)

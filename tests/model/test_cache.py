@@ -74,24 +74,17 @@ def test_rows_past_a_requests_end_see_and_are_seen_by_nothing():
     attend = CacheAttend(
         cache, query_lengths=torch.tensor([2, 6]), own="block", backend="reference"
     )
-    ranges = attend.ranges(6)
-    assert ranges[0].tolist() == [[0, 0, 0, 2]] * 2 + [[0, 0, 0, 0]] * 4
+    assert attend.seen(6).tolist() == [[2, 2, 0, 0, 0, 0], [6] * 6]
     found = forward(model, cache, [short, long], "block", "reference")
     torch.testing.assert_close(found[0, :2], alone(model, short, 2, "block"))
 
 
-def test_ranges_put_cached_keys_before_own_ones():
-    model = tiny_model()
-    cache = KVCache(model.config, 2, dtype=torch.float64)
-    forward(model, cache, [tokens(3), tokens(5)], "causal", "reference")
-    cache.commit(torch.tensor([3, 5]))
+def test_causal_rows_see_those_up_to_themselves():
+    cache = KVCache(tiny_model().config, 2, dtype=torch.float64)
     attend = CacheAttend(
         cache, query_lengths=torch.tensor([1, 2]), own="causal", backend="reference"
     )
-    assert attend.ranges(2).tolist() == [
-        [[0, 3, 5, 6], [0, 0, 0, 0]],
-        [[0, 5, 5, 6], [0, 5, 5, 7]],
-    ]
+    assert attend.seen(2).tolist() == [[1, 0], [1, 2]]
 
 
 def test_committing_more_than_was_computed_is_a_bug():
