@@ -93,7 +93,10 @@ class CacheAttend:
         self.cache.write(layer, k, v)
         if layer == 0:
             self._asked = self._requests(M, None)
-        asked = self._asked if rows is None else self._requests(M, rows)
+        if rows is not None and not len(rows):
+            return q
+        # Of one row, all rows are asked.
+        asked = self._asked if rows is None or M == 1 else self._requests(M, rows)
         assert asked is not None, "layers come in their order"
         q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (q, k, v))
         found = block_decode(

@@ -14,6 +14,8 @@ from abf_kernels.block_decode.requests import Requests
 
 ROWS = 128
 """Queries at once: where new rows are ordered, a tile computes no keys behind its last query."""
+SHORT = 256
+"""Keys up to which they are laid side by side: fewer calls, which is most of what few keys cost."""
 SCRATCH = 1 << 22
 """Scores held at once, in elements: longer histories are split over keys and merged."""
 
@@ -51,10 +53,11 @@ def attend(
             rows = slice(row, min(row + ROWS, last))
             parts: list[_Part] = []
             if keys is not None and values is not None and host.lengths[request]:
-                history = _history(keys, asked, request), _history(values, asked, request)
+                one, other = _history(keys, asked, request), _history(values, asked, request)
                 most = max(1, SCRATCH // ((rows.stop - row) * H))
-                for one, other in zip(*(x.split(most, dim=1) for x in history), strict=True):
-                    parts.append((one, other, None))
+                for at in range(0, one.shape[1], most):
+                    end = at + most
+                    parts.append((one[:, at:end], other[:, at:end], None))
             fewest, size = min(host.seen[rows]), max(host.seen[rows])
             if own is not None and size:
                 hidden = None
@@ -65,7 +68,11 @@ def attend(
                 parts.append((own[0][:, here], own[1][:, here], hidden))
             if not parts:
                 continue
-            found, norm = _attend(grouped[:, :, rows].reshape(G, -1, D), parts, lse)
+            asking = grouped[:, :, rows].reshape(G, -1, D)
+            if len(parts) == 2 and sum(k.shape[1] for k, _, _ in parts) <= SHORT and not lse:
+                found, norm = _attend_short(asking, *parts), None
+            else:
+                found, norm = _attend(asking, parts, lse)
             answers[:, :, rows] = found.view(G, H // G, -1, D)
             if sums is not None and norm is not None:
                 sums[rows] = norm.view(H, -1).T
@@ -79,6 +86,17 @@ def _history(pages: Tensor, asked: Requests, request: int) -> Tensor:
         return pages[first, :, :length]
     used = asked.table[request, : -(-length // asked.page_size)]
     return pages.transpose(0, 1)[:, used.long()].flatten(1, 2)[:, :length]
+
+
+def _attend_short(q: Tensor, history: _Part, own: _Part) -> Tensor:
+    """[G,R*m,D]; the history, which every query sees, is not empty."""
+    k = torch.cat((history[0], own[0]), dim=1).to(q.dtype)
+    v = torch.cat((history[1], own[1]), dim=1).to(q.dtype)
+    scores, hidden = torch.bmm(q, k.mT), own[2]
+    if hidden is not None:
+        late = scores.view(len(q), -1, len(hidden), k.shape[1])[..., -hidden.shape[1] :]
+        late.masked_fill_(hidden, -torch.inf)
+    return torch.bmm(scores.softmax(dim=2), v)
 
 
 def _attend(q: Tensor, parts: list[_Part], lse: bool) -> tuple[Tensor, Tensor | None]:
