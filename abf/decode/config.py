@@ -174,8 +174,8 @@ class DecoderConfig(ConfigModel):
     """`auto` is resolved once when the run is planned."""
     threads: Threads = 1
     """CPU threads."""
-    attention: AttentionBackend = "reference"
-    """Attention back end of the cached forward pass."""
+    attention: AttentionBackend = "tiles"
+    """Back end of the cached forward pass's attention, chosen explicitly."""
 
     def model_post_init(self, context: object) -> None:
         if self.extent is not None and self.extent.kind == "earlier":

@@ -80,7 +80,7 @@ class Engine:
         reopen: float | None = None,
         controls: Controls = NO_CONTROLS,
         granularity: int | None = None,
-        backend: AttentionBackend = "reference",
+        backend: AttentionBackend = "tiles",
         precision: str = "fp32",
         clean_stream: Literal["context_causal", "block_causal"] = "context_causal",
     ) -> None:

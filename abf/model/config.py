@@ -166,4 +166,5 @@ class ImportedBase(ConfigModel):
 
 
 AttentionBackend = Literal["tiles", "reference"]
-"""`tiles` computes only the allowed tiles; `reference` builds the dense mask (oracle)."""
+"""Of all operators, the head's loss included: `tiles` is the CPU path, which computes what is asked
+for; `reference` builds dense masks and whole logits (oracle)."""

@@ -23,7 +23,10 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-OPERATORS: tuple[str, ...] = ()
+OPERATORS: tuple[str, ...] = (
+    "abf_kernels.masked_loss.builds",
+    "abf_kernels.block_decode.builds",
+)
 """Modules with `builds() -> Iterator[Build]`."""
 
 TARGETS = (80, 90)

@@ -18,8 +18,8 @@ from abf_kernels.masked_loss.api import Backend, masked_loss, predict
 from tests.kernels.poison import poison
 
 # Largest error over largest value, of nats (float32 at least) and of gradients (in the dtype).
-NATS = {torch.float64: 1e-13, torch.float32: 3e-6, torch.float16: 3e-6, torch.bfloat16: 1e-2}
-GRADS = {torch.float64: 1e-13, torch.float32: 5e-6, torch.float16: 2e-3, torch.bfloat16: 2e-2}
+NATS = {torch.float64: 1e-13, torch.float32: 3e-6, torch.float16: 3e-6, torch.bfloat16: 2e-2}
+GRADS = {torch.float64: 1e-13, torch.float32: 5e-6, torch.float16: 2e-3, torch.bfloat16: 6e-2}
 SEEDS = itertools.count(np.random.SeedSequence().entropy % 2**32)  # printed where a test fails
 
 

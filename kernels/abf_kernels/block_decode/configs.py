@@ -27,10 +27,19 @@ class Config(NamedTuple):
         return {
             "BLOCK_M": self.rows,
             "BLOCK_N": self.columns,
-            "BLOCK_D": max(16, 1 << (dim - 1).bit_length()),
+            "BLOCK_D": _width(dim),
             "num_warps": self.warps,
             "num_stages": self.stages,
         }
+
+
+def merging(dim: int) -> dict[str, Any]:
+    """Keywords of the launch that merges parts."""
+    return {"BLOCK_M": 16, "BLOCK_D": _width(dim), "num_warps": 4, "num_stages": 1}
+
+
+def _width(dim: int) -> int:
+    return max(16, 1 << (dim - 1).bit_length())
 
 
 NARROW = {

@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 from triton import knobs
 
-from abf_kernels.block_decode.configs import SHARE, choose
+from abf_kernels.block_decode.configs import SHARE, choose, merging
 from abf_kernels.block_decode.requests import Requests
 
 INTERPRETED = bool(knobs.runtime.interpret)
@@ -128,7 +128,7 @@ def _attend(
 def _gather(
     parts_out, parts_lse, lengths, queries, out, lse, N, H,
     R: tl.constexpr, D: tl.constexpr, SHARE: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Merge a request's parts: out [N,H,D] and lse [N,H]."""
     group, request = tl.program_id(1), tl.program_id(2)
@@ -195,6 +195,8 @@ def attend(
         *values.stride()[:3], HAS_HISTORY=pages, HAS_OWN=new, **sizes,
     )  # fmt: skip
     if parts > 1:
+        sizes = {"R": H // G, "D": D, "SHARE": SHARE, **merging(D)}
+        tiles = triton.cdiv(most * (H // G), sizes["BLOCK_M"])
         _gather[(tiles, G, B)](
             each_out, each_lse, asked.lengths, asked.queries, out, lse, N, H, **sizes
         )

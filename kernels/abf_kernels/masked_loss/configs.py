@@ -33,9 +33,9 @@ class Config(NamedTuple):
         }
 
 
-NARROW = {80: Config(64, 128, 32, 4, 3), 90: Config(64, 128, 32, 4, 3)}
+NARROW = {80: Config(64, 64, 64, 4, 3), 90: Config(64, 64, 64, 4, 3)}
 """For bfloat16 and float16, by capability (80 = A100, 90 = H100 and H200)."""
-SAFE = Config(32, 64, 32, 4, 2)
+SAFE = Config(32, 32, 32, 4, 2)
 """For float32, and for every other GPU."""
 
 

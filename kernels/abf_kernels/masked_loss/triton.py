@@ -9,7 +9,7 @@ order in which programs run.
 
 # What kernels do with tensors and constants is beyond Python's types:
 # pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
-# pyright: reportIndexIssue=false, reportOperatorIssue=false
+# pyright: reportIndexIssue=false, reportOperatorIssue=false, reportReturnType=false
 
 from __future__ import annotations
 

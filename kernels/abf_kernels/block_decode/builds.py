@@ -1,0 +1,45 @@
+"""What the Triton back end launches, to be compiled ahead of time (`abf_kernels.ahead`)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from abf_kernels.ahead import TARGETS, Build
+from abf_kernels.block_decode import triton as kernels
+from abf_kernels.block_decode.configs import NARROW, SAFE, SHARE, merging
+
+WHOLE = ("table", "lengths", "queries", "own", "seen")
+OTHERS = ("N", "H", "parts", "pages_each", "page_size")
+
+
+def builds() -> Iterator[Build]:
+    """One part of a request's keys and the merge of parts: bf16 of D 64 and 128, fp32 of 64."""
+    for target in TARGETS:
+        cases = [("bf16", dim, config) for dim, config in NARROW[target].items()]
+        for dtype, dim, config in [*cases, ("fp32", 64, SAFE)]:
+            sizes = {"R": 4, "D": dim, "SHARE": SHARE, **config.launch(dim)}
+            warps, stages = sizes.pop("num_warps"), sizes.pop("num_stages")
+            strides = [p.name for p in kernels._attend.params if p.name.startswith("stride_")]
+            arguments = {
+                **dict.fromkeys(("q", "k", "v", "keys", "values"), f"*{dtype}:16"),
+                **dict.fromkeys(WHOLE, "*i32:16"),
+                **dict.fromkeys(("out", "lse"), "*fp32:16"),
+                "scale": "fp32",
+                **dict.fromkeys(OTHERS, "i32"),
+                **dict.fromkeys(strides, "i32:16"),
+                "HAS_HISTORY": True,
+                "HAS_OWN": True,
+                **sizes,
+            }
+            name = f"{dtype} D={dim}"
+            yield Build(
+                "block_decode", f"part {name}", kernels._attend, arguments, target, warps, stages
+            )
+            merged = {"R": 4, "D": dim, "SHARE": SHARE, **merging(dim)}
+            warps, stages = merged.pop("num_warps"), merged.pop("num_stages")
+            merged |= dict.fromkeys(("parts_out", "parts_lse", "lse"), "*fp32:16")
+            merged |= dict.fromkeys(("lengths", "queries"), "*i32:16")
+            merged |= {"out": f"*{dtype}:16", "N": "i32", "H": "i32"}
+            yield Build(
+                "block_decode", f"merge {name}", kernels._gather, merged, target, warps, stages
+            )
