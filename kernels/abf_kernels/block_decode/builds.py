@@ -13,10 +13,11 @@ OTHERS = ("N", "H", "parts", "pages_each", "page_size")
 
 
 def builds() -> Iterator[Build]:
-    """One part of a request's keys and the merge of parts: bf16 of D 64 and 128, fp32 of 64."""
+    """A part of a request's keys, and the merge of parts: bf16 D 64 and 128, fp32 also 256."""
     for target in TARGETS:
         cases = [("bf16", dim, config) for dim, config in NARROW[target].items()]
-        for dtype, dim, config in [*cases, ("fp32", 64, SAFE)]:
+        cases += [("fp32", dim, SAFE[dim]) for dim in SAFE]
+        for dtype, dim, config in cases:
             sizes = {"R": 4, "D": dim, "SHARE": SHARE, **config.launch(dim)}
             warps, stages = sizes.pop("num_warps"), sizes.pop("num_stages")
             strides = [p.name for p in kernels._attend.params if p.name.startswith("stride_")]

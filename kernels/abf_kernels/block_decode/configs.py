@@ -47,14 +47,14 @@ NARROW = {
     90: {64: Config(64, 64, 4, 3), 128: Config(64, 64, 4, 2)},
 }
 """For bfloat16 and float16, by capability (80 = A100, 90 = H100 and H200) and largest head dim."""
-SAFE = Config(16, 16, 4, 1)
-"""For float32, larger heads and every other GPU."""
+SAFE = {64: Config(32, 32, 4, 1), 128: Config(16, 32, 4, 1), 256: Config(16, 16, 4, 1)}
+"""For float32, larger heads and every other GPU (48 KiB of shared memory do)."""
 
 
 def choose(device: torch.device, dtype: torch.dtype, dim: int) -> Config:
     """The configuration for the tensors of a call."""
-    if device.type != "cuda" or dtype == torch.float32:
-        return SAFE
-    major, minor = torch.cuda.get_device_capability(device)
-    fitting = NARROW.get(10 * major + minor, {})
-    return next((fitting[most] for most in sorted(fitting) if dim <= most), SAFE)
+    fitting = SAFE
+    if device.type == "cuda" and dtype != torch.float32:
+        major, minor = torch.cuda.get_device_capability(device)
+        fitting = SAFE | NARROW.get(10 * major + minor, {})
+    return next(fitting[most] for most in sorted(fitting) if dim <= most)
