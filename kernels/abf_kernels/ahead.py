@@ -30,9 +30,9 @@ OPERATORS: tuple[str, ...] = (
 """Modules with `builds() -> Iterator[Build]`."""
 
 TARGETS = (80, 90)
-# Bytes of shared memory: (one block may have, with opt-in; a multiprocessor has, and each block takes
-# 1 KiB more than it asked for). CUDA C++ programming guide, "Technical specifications per compute
-# capability".
+# Bytes of shared memory: (one block may have, with opt-in; a multiprocessor has, and each block
+# takes 1 KiB more than it asked for). CUDA C++ programming guide, "Technical specifications per
+# compute capability".
 SHARED = {80: (163 << 10, 164 << 10), 90: (227 << 10, 228 << 10)}
 REGISTERS = 65536  # 32-bit registers of a multiprocessor, on both
 THREADS = 2048  # threads that a multiprocessor holds, on both
