@@ -24,6 +24,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 OPERATORS: tuple[str, ...] = (
+    "abf_kernels.block_attention.builds",
     "abf_kernels.masked_loss.builds",
     "abf_kernels.block_decode.builds",
 )

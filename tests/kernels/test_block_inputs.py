@@ -45,6 +45,8 @@ BAD_INPUTS = {
     "q must be one of": {"q": torch.zeros(2, 4, 5, 8, dtype=torch.int64)},
     "k must have q's dtype": {"k": torch.zeros(2, 2, 6, 8, dtype=torch.float64)},
     "v must have q's device": {"v": torch.zeros(2, 2, 6, 8, device="meta")},
+    r"q must have stride 1 in its last axis .*got 5": {"q": torch.zeros(2, 4, 8, 5).mT},
+    "v must have stride 1 in its last axis": {"v": torch.zeros(2, 2, 6, 1).expand(2, 2, 6, 8)},
     "q must have a head dim": {"q": torch.zeros(2, 4, 5, 0)},
     "k must have q's batch": {"k": torch.zeros(1, 2, 6, 8)},
     "k must have q's head dim": {"k": torch.zeros(2, 2, 6, 4)},
@@ -75,7 +77,8 @@ def test_scale_must_be_finite(backend):
 
 
 def test_unknown_backend_lists_the_allowed():
-    with pytest.raises(ValueError, match="backend must be one of reference, tiles; got 'flex'"):
+    allowed = "reference, tiles, triton"
+    with pytest.raises(ValueError, match=f"backend must be one of {allowed}; got 'flex'"):
         block_attention(**changed(), backend="flex")  # pyright: ignore[reportArgumentType]
 
 

@@ -6,15 +6,43 @@ Letters: B batch, H query heads, G kv heads (G divides H), M queries, N keys, D 
 from __future__ import annotations
 
 import math
-from typing import Literal, get_args
+from typing import Literal, get_args, overload
 
 import torch
 from torch import Tensor
 
 from abf_kernels.block_attention import reference, tiles
+from abf_kernels.block_attention.memo import Memo
 
-Backend = Literal["reference", "tiles"]
+Backend = Literal["reference", "tiles", "triton"]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_validated: Memo[None] = Memo()
+
+
+@overload
+def block_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    ranges: Tensor,
+    *,
+    backend: Backend,
+    scale: float | None = None,
+    return_lse: Literal[False] = False,
+) -> Tensor: ...
+
+
+@overload
+def block_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    ranges: Tensor,
+    *,
+    backend: Backend,
+    scale: float | None = None,
+    return_lse: Literal[True],
+) -> tuple[Tensor, Tensor]: ...
 
 
 def block_attention(
@@ -25,19 +53,24 @@ def block_attention(
     *,
     backend: Backend,
     scale: float | None = None,
-) -> Tensor:
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
     """Attention where query m sees keys [a0,a1) and [b0,b1); differentiable in q, k and v.
 
     Args:
-        q: [B,H,M,D], float32, bfloat16, float16 or float64.
-        k, v: [B,G,N,D] of the same dtype and device; query head h reads kv head h // (H/G).
+        q: [B,H,M,D], float32, bfloat16, float16 or float64; its last axis has stride 1.
+        k, v: [B,G,N,D] of the same dtype and device, last axis alike; query head h reads kv head
+            h // (H/G).
         ranges: int32 or int64 [B,M,4] = (a0,a1,b0,b1), half open, disjoint, within [0,N]. Either
             may be empty (start == end); a row with both empty returns 0 and has no gradient.
-        backend: "reference" (dense mask, the oracle) or "tiles" (CPU path, linear memory).
+        backend: "reference" (dense mask, the oracle), "tiles" (CPU path, linear memory) or "triton"
+            (NVIDIA GPUs; D up to 128, no float64; on a CPU under Triton's interpreter, for tests).
         scale: factor of the scores; 1/sqrt(D) by default.
+        return_lse: also return log sum_n exp(scale q k_n) over the keys that each query sees.
 
     Returns:
-        [B,H,M,D] in q's dtype.
+        [B,H,M,D] in q's dtype; with `return_lse` also [B,H,M] in float32 (float64 of float64), -inf
+        where nothing is seen, without a gradient.
 
     Raises:
         ValueError: on any input outside this contract, naming the argument.
@@ -55,9 +88,17 @@ def block_attention(
         raise ValueError(f"scale must be finite; got {scale}")
     # Under autocast the back ends' own float32 products would be demoted behind their backs.
     with torch.autocast(q.device.type, enabled=False):
-        if backend == "reference":
-            return reference.attend(q, k, v, ranges, scale)
-        return tiles.attend(q, k, v, ranges, scale)
+        if backend == "triton":
+            # Imported only here: CPU environments may have no Triton.
+            from abf_kernels.block_attention import triton
+
+            triton.refuse(q)
+            out, lse = triton.attend(q, k, v, ranges, scale)
+        elif backend == "tiles":
+            out, lse = tiles.attend(q, k, v, ranges, scale)
+        else:
+            out, lse = reference.attend(q, k, v, ranges, scale)
+    return (out, lse) if return_lse else out
 
 
 def validate(q: Tensor, k: Tensor, v: Tensor, ranges: Tensor) -> None:
@@ -74,6 +115,11 @@ def validate(q: Tensor, k: Tensor, v: Tensor, ranges: Tensor) -> None:
             raise ValueError(f"{name} must have q's dtype {q.dtype}; got {tensor.dtype}")
         if tensor.device != q.device:
             raise ValueError(f"{name} must have q's device {q.device}; got {tensor.device}")
+        if tensor.stride(-1) != 1 and tensor.shape[-1] > 1:
+            raise ValueError(
+                f"{name} must have stride 1 in its last axis (call .contiguous()); "
+                f"got {tensor.stride(-1)}"
+            )
     batch, heads, n_queries, dim = q.shape
     kv_heads, n_keys = k.shape[1], k.shape[2]
     if dim == 0:
@@ -96,7 +142,7 @@ def validate(q: Tensor, k: Tensor, v: Tensor, ranges: Tensor) -> None:
             f"got {tuple(ranges.shape)}"
         )
     if ranges.numel():
-        _validate_values(ranges, n_keys)
+        _validated.get(ranges, n_keys, lambda: _validate_values(ranges, n_keys))
 
 
 def _validate_values(ranges: Tensor, n_keys: int) -> None:

@@ -16,8 +16,8 @@ def dense_mask(ranges: Tensor, n_keys: int) -> Tensor:
     return ((keys >= a0) & (keys < a1)) | ((keys >= b0) & (keys < b1))
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, ranges: Tensor, scale: float) -> Tensor:
-    """softmax(scale q k^T + log mask) v, accumulated in float32 or higher; [B,H,M,D]."""
+def attend(q: Tensor, k: Tensor, v: Tensor, ranges: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """softmax(scale q k^T + log mask) v in float32 or higher: [B,H,M,D], and its lse [B,H,M]."""
     batch, heads, n_queries, dim = q.shape
     kv_heads, n_keys = k.shape[1], k.shape[2]
     wide = torch.promote_types(q.dtype, torch.float32)
@@ -32,4 +32,5 @@ def attend(q: Tensor, k: Tensor, v: Tensor, ranges: Tensor, scale: float) -> Ten
     weights = scores.masked_fill(~(mask | sees_nothing), float("-inf")).softmax(-1)
     weights = weights.masked_fill(sees_nothing, 0.0)
     out = weights @ v.to(wide).unsqueeze(2)
-    return out.reshape(q.shape).to(q.dtype)
+    lse = scores.detach().masked_fill(~mask, float("-inf")).logsumexp(-1)
+    return out.reshape(q.shape).to(q.dtype), lse.reshape(q.shape[:3])

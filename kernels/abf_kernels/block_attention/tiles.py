@@ -27,12 +27,15 @@ FLOOR = -1e29  # maximum of a row that sees nothing: above FAR / 2, below any sc
 TINY = 1e-30  # sum of a row that sees nothing
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, ranges: Tensor, scale: float) -> Tensor:
-    """softmax(scale q k^T + log mask) v without an M x N mask; [B,H,M,D] in q's dtype."""
+def attend(q: Tensor, k: Tensor, v: Tensor, ranges: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """softmax(scale q k^T + log mask) v without an M x N mask: [B,H,M,D], and its lse [B,H,M]."""
     # CPUs rarely multiply float16; float32 holds every one of its values.
     dtype = torch.float32 if q.dtype == torch.float16 else q.dtype
-    out = _TiledAttention.apply(q.to(dtype), k.to(dtype), v.to(dtype), ranges, scale)
-    return cast(Tensor, out).to(q.dtype)
+    out, lse = cast(
+        "tuple[Tensor, Tensor]",
+        _TiledAttention.apply(q.to(dtype), k.to(dtype), v.to(dtype), ranges, scale),
+    )
+    return out.to(q.dtype), lse
 
 
 @dataclass(frozen=True)
@@ -172,7 +175,9 @@ class _Scratch:
 
 class _TiledAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, ranges: Tensor, scale: float) -> Tensor:
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, ranges: Tensor, scale: float
+    ) -> tuple[Tensor, Tensor]:
         work = _Work(q, k, ranges)
         alpha = scale * math.log2(math.e)
         # Rows of tiles that see no key are never written: they are zero, and stay so.
@@ -200,12 +205,16 @@ class _TiledAttention(torch.autograd.Function):
             step.put(log_sum, total.log2_())
         ctx.save_for_backward(q, k, v, out, top, log_sum)
         ctx.work, ctx.scale = work, scale
-        return out
+        seen = (ranges[..., 0] < ranges[..., 1]) | (ranges[..., 2] < ranges[..., 3])
+        lse = (top + log_sum).squeeze(-1).mul_(math.log(2))
+        lse.masked_fill_(~seen.unsqueeze(1), -math.inf)
+        ctx.mark_non_differentiable(lse)
+        return out, lse
 
     @staticmethod
     @once_differentiable
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
-        ctx: Any, grad_out: Tensor
+        ctx: Any, grad_out: Tensor, _: Tensor
     ) -> tuple[Tensor | None, ...]:
         with torch.autocast(grad_out.device.type, enabled=False):
             return *_gradients(ctx.work, ctx.scale, grad_out, *ctx.saved_tensors), None, None

@@ -1,0 +1,107 @@
+"""Every shipped configuration compiles for the A100 and the H100, where none is interpreted."""
+
+from __future__ import annotations
+
+import csv
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+COMPILES = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+COMPILES["PYTHONPATH"] = os.pathsep.join(
+    [str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")]
+).rstrip(os.pathsep)
+
+
+def python(*arguments: str) -> str:
+    done = subprocess.run(
+        [sys.executable, *arguments],
+        cwd=ROOT,
+        env=COMPILES,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str]]:
+    path = tmp_path_factory.mktemp("ahead") / "rows.csv"
+    python("-m", "abf_kernels.ahead", str(path))
+    with open(path, newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def test_nothing_spills_unless_it_says_why_and_everything_can_be_launched(
+    rows: list[dict[str, str]],
+) -> None:
+    assert {row["target"] for row in rows} == {"sm_80", "sm_90"}
+    for row in rows:
+        assert (int(row["stack_bytes"]) > 0) == bool(row["spills"]), row
+        assert int(row["stack_bytes"]) < 64, row
+        assert int(row["shared_bytes"]) <= int(row["shared_limit"]), row
+        assert int(row["blocks_per_multiprocessor"]) > 0, row
+
+
+def test_attention_has_matrix_instructions_and_copies_that_do_not_wait(
+    rows: list[dict[str, str]],
+) -> None:
+    cases = [row for row in rows if row["operator"] == "block_attention" and "D=" in row["case"]]
+    # Three kernels, two head dimensions and two targets; of each the default row in bfloat16 and in
+    # float32, and the target's own.
+    assert len(cases) == 3 * 2 * 2 * 3
+    for row in cases:
+        narrow_on_hopper = row["target"] == "sm_90" and "bf16" in row["case"]
+        assert int(row["wgmma" if narrow_on_hopper else "mma_sync"]) > 0, row
+        assert int(row["cp_async"]) > 0, row
+        if "default" in row["case"]:
+            assert int(row["shared_bytes"]) <= 99 << 10, row
+
+
+def test_no_argument_that_varies_with_the_data_is_compiled_in() -> None:
+    """Lengths and counts are neither constants nor specialised on being 1 or a multiple of 16."""
+    told = python(
+        "-c",
+        "from abf_kernels.block_attention.builds import builds\n"
+        "for kernel in {build.kernel for build in builds()}:\n"
+        "    for p in kernel.params:\n"
+        "        if p.is_constexpr or not p.do_not_specialize: print(p.name)\n",
+    ).split()
+    fixed = {"D", "ROWS", "KEYS", "KEEP", "PRECISION", "CHUNK", "H", "R", "scale", "grad_scale"}
+    pointers = {
+        *("q", "k", "v", "out", "rest", "lse", "ranges", "bounds", "grad_out", "delta"),
+        *("dq", "dk", "dv", "entries", "counts"),
+    }
+    assert {name for name in told if not name.startswith("stride_")} == fixed | pointers
+
+
+def test_tensors_on_a_cpu_are_refused_where_kernels_are_not_interpreted() -> None:
+    told = python(
+        "-c",
+        "import torch\n"
+        "from abf_kernels.block_attention.api import block_attention\n"
+        "q, ranges = torch.zeros(1, 1, 3, 64), torch.zeros(1, 3, 4, dtype=torch.int32)\n"
+        "try: block_attention(q, q, q, ranges, backend='triton')\n"
+        "except ValueError as error: print(error)\n",
+    )
+    assert told.startswith("q must be on a CUDA device for backend triton")
+    assert "got cpu" in told
+
+
+def test_arguments_that_are_not_the_kernels_are_refused() -> None:
+    told = python(
+        "-c",
+        "from dataclasses import replace\n"
+        "from abf_kernels.ahead import compile_ahead\n"
+        "from abf_kernels.block_attention.builds import builds\n"
+        "build = next(builds())\n"
+        "try: compile_ahead(replace(build, arguments={**build.arguments, 'Q': 'i32'}))\n"
+        "except ValueError as error: print(error)\n",
+    )
+    assert told == "arguments must be those of forward_kernel; differing: ['Q']\n"
