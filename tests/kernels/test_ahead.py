@@ -64,6 +64,24 @@ def test_attention_has_matrix_instructions_and_copies_that_do_not_wait(
             assert int(row["shared_bytes"]) <= 99 << 10, row
 
 
+def test_other_operators_have_them_in_bfloat16(rows: list[dict[str, str]]) -> None:
+    cases = [
+        row
+        for row in rows
+        if row["operator"] in ("masked_loss", "block_decode")
+        and "bf16" in row["case"]
+        and "merge" not in row["case"]
+    ]
+    assert {(row["operator"], row["target"]) for row in cases} == {
+        (operator, target)
+        for operator in ("masked_loss", "block_decode")
+        for target in ("sm_80", "sm_90")
+    }
+    for row in cases:
+        assert int(row[{"sm_80": "mma_sync", "sm_90": "wgmma"}[row["target"]]]) > 0, row
+        assert int(row["cp_async"]) > 0, row
+
+
 def test_no_argument_that_varies_with_the_data_is_compiled_in() -> None:
     """Lengths and counts are neither constants nor specialised on being 1 or a multiple of 16."""
     told = python(
