@@ -27,6 +27,7 @@ from abf.decode.request import Prompt, Sample
 from abf.decode.trace import TraceWriter
 from abf.errors import ArtifactError, ConfigError
 from abf.files import sha256
+from abf.model.attention import check_backend
 from abf.model.device import own_device
 from abf.model.store import WEIGHTS, load_model
 from abf.model.transformer import Transformer
@@ -84,11 +85,13 @@ def decode_task(
         Counts for the manifest; `joules` only if a meter was read.
 
     Raises:
-        ConfigError: fewer long enough held-out documents than prompts.
+        ConfigError: fewer long enough held-out documents than prompts, or unfit attention.
         ArtifactError: model and packed text have different vocabularies.
     """
     torch.set_num_threads(decoder.threads)
     model = load_model(model_dir).to(own_device()).eval()
+    device = model.head_weight.device
+    check_backend(decoder.attention, model.config, device=device, precision=decoder.precision)
     text = load_tokenizer(tokenizer)
     prompts = held_out_prompts(task, packed, model, text)
     asked = controls(decoder, text, max_block=model.max_block, new_tokens=task.new_tokens)
@@ -107,12 +110,12 @@ def decode_task(
         "clean_stream": clean_stream,
         "seed": str(seed),
         "dtype": decoder.precision,
-        "device": str(model.head_weight.device),
+        "device": str(device),
     }
     began = time.perf_counter()
     with (
         TraceWriter(out / "trace.arrows", header) as trace,
-        EnergyMeter(model.head_weight.device.type) as meter,
+        EnergyMeter(device.type) as meter,
     ):
         samples = decode(
             decoder,

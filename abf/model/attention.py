@@ -14,8 +14,9 @@ from abf_kernels.block_attention.api import block_attention
 from abf_kernels.block_decode.api import Requests, block_decode, requests
 from torch import Tensor
 
+from abf.errors import ConfigError
 from abf.model.cache import KVCache
-from abf.model.config import AttentionBackend
+from abf.model.config import AttentionBackend, ModelConfig
 
 
 class Attend(Protocol):
@@ -29,6 +30,30 @@ class Attend(Protocol):
         With `rows` [R] int64, of the only batch row: q [1, H, R, D] -> [1, H, R, D].
         """
         ...
+
+
+def check_backend(
+    backend: AttentionBackend, model: ModelConfig, *, device: torch.device, precision: str
+) -> None:
+    """Find out whether a back end can attend, before anything is computed.
+
+    Args:
+        device: what is computed on.
+        precision: `bf16` or `fp32`.
+
+    Raises:
+        ConfigError: it cannot, and why.
+    """
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    row = torch.zeros(1, model.heads, 1, model.head_dim, dtype=dtype, device=device)
+    keys = row[:, : model.kv_heads]
+    ranges = torch.tensor([[[0, 1, 0, 0]]], device=device)
+    try:
+        block_attention(row, keys, keys, ranges, backend=backend)
+    except (ValueError, ImportError) as error:
+        raise ConfigError(
+            f"attention: {backend!r} cannot be used here: {error}; 'tiles' runs everywhere"
+        ) from error
 
 
 class RangeAttend:

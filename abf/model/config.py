@@ -165,6 +165,6 @@ class ImportedBase(ConfigModel):
     """Where the checkpoint comes from."""
 
 
-AttentionBackend = Literal["tiles", "reference"]
+AttentionBackend = Literal["tiles", "reference", "triton"]
 """Of all operators, the head's loss included: `tiles` is the CPU path, which computes what is asked
-for; `reference` builds dense masks and whole logits (oracle)."""
+for; `reference` builds dense masks and whole logits (oracle); `triton` is for NVIDIA GPUs."""

@@ -25,6 +25,7 @@ from abf.diffusion.loss import Term, count_terms, term_weights
 from abf.diffusion.policy.watch import COMPLETE_COUNTS, EDIT_COUNTS
 from abf.diffusion.regroup import regroup
 from abf.errors import ArtifactError, ConfigError, DivergenceError
+from abf.model.attention import check_backend
 from abf.model.transformer import Transformer
 from abf.train.config import TrainConfig
 from abf.train.forward import Losses
@@ -68,7 +69,8 @@ class Trainer:
     """Model, optimiser, data and noise of a run.
 
     Raises:
-        ConfigError: the precision was never resolved, or there are fewer rows than ranks.
+        ConfigError: the precision was never resolved, there are fewer rows than ranks, or the
+            attention back end does not work on the device.
         ArtifactError: the packed rows do not fit the model; names both sides.
     """
 
@@ -90,6 +92,7 @@ class Trainer:
         self.world = World() if world is None else world
         self.device = self.world.device
         model.to(self.device)
+        check_backend(cfg.attention, model.config, device=self.device, precision=cfg.precision)
         self.part = self.world.share(cfg.batch_rows)
         self.most_rows = math.ceil(cfg.batch_rows / self.world.size)
         self.rows = PackedRows(packed)
