@@ -125,6 +125,21 @@ def test_missing_tokens_of_a_group_add_up() -> None:
     assert decided(closed) == {"complete": False}
 
 
+def test_a_block_gets_no_more_masks_than_it_lacks_in_all() -> None:
+    """One token is missing, in one of two gaps: the likelier gets it."""
+
+    def needs(*missing: float) -> BlockView:
+        return view([7, 8], best=[0.1, 0.1], missing=list(missing))
+
+    one = {"complete": False}
+    assert decided(needs(0.0, 0.5, 0.6)) == one | {"insert": {101: 1}}
+    assert decided(needs(0.0, 0.8, 0.7)) == one | {"insert": {100: 1, 101: 1}}
+    assert decided(needs(0.6, 1.6, 1.9)) == one | {"insert": {100: 2, 101: 2}}
+    assert decided(needs(0.3, 0.31, 0.3), insert=0.3) == one | {"insert": {100: 1}}
+    assert decided(needs(0.0, 0.31, 0.0), insert=0.3) == one | {"insert": {100: 1}}
+    assert decided(needs(0.4, 0.4, 0.4)) == one
+
+
 def test_masks_too_many_count_against_tokens_missing() -> None:
     # Three masks of one group, 0.9 of them too many; 2.0, then 1.0 tokens missing beside them.
     def group(missing: float, delete: list[float]) -> BlockView:
@@ -327,6 +342,7 @@ class PlainLoop:
                 surest = max(open_, key=lambda j: float(probs[j].max()))
                 written[surest] = int(probs[surest].argmax())
             inserts: dict[int, int] = {}
+            need: dict[int, float] = {}
             space = room - len(ids)
             if "insert" in ops and growing and space > 0:
                 for group, total in zip(groups, net, strict=True):
@@ -334,6 +350,12 @@ class PlainLoop:
                     held = 0 < best < n and slots[best - 1]["locked"] and slots[best]["locked"]
                     if total >= cfg.insert and best != dead and not held:
                         inserts[best] = min(cfg.max_insert, max(1, int(total + 0.5)))
+                        need[best] = total
+                lacking = max(1, int(sum(max(0.0, total) for total in net) + 0.5))
+                for best in sorted(inserts, key=lambda gap: -need[gap]):
+                    inserts[best] = min(inserts[best], lacking)
+                    lacking -= inserts[best]
+                inserts = {gap: count for gap, count in inserts.items() if count}
             wanted = bool(gone or written or inserts)
             for gap in sorted(inserts):
                 beside = gap in gone or gap - 1 in gone

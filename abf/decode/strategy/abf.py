@@ -109,15 +109,21 @@ class Abf:
         return free & (edit.revise * probs >= self.cfg.substitute), tokens
 
     def _insert(self, view: BlockView, edit: EditView) -> Gaps:
-        """Masks where tokens are missing, net: in the gap of each group that misses most."""
+        """Masks where tokens are missing, net: in the gap of each group that misses most, and no
+        more than the block is expected to lack in all. A model that does not know which of two gaps
+        lacks a token expects half of one in either: both would be filled."""
         if "insert" not in self.cfg.operations or not edit.room:
             return Gaps()
         net = net_missing(edit.missing, edit.delete, view.is_mask)
         group = _groups(view)
         order = np.lexsort((-edit.missing, group))
         best = order[np.flatnonzero(np.diff(group[order], prepend=-1))]
+        lacking = max(1, int(np.floor(net[best].clip(min=0).sum() + 0.5)))
         best = best[edit.insertable[best] & (net[best] >= self.cfg.insert)]
+        best = best[np.argsort(-net[best], kind="stable")]
         counts = np.clip(np.floor(net[best] + 0.5), 1, self.cfg.max_insert).astype(np.intp)
+        counts = np.clip(lacking - (counts.cumsum() - counts), 0, counts)
+        best, counts = best[counts > 0], counts[counts > 0]
         return Gaps(edit.gap_uids[best], counts)
 
 
