@@ -53,8 +53,25 @@ def test_a_tree_that_is_too_large_is_said_to_be(
     told(disks.purge(tmp_path, 40), "WARN", "2 file(s)", "of the first 2 looked at", "is overdue")
 
 
+@pytest.mark.parametrize(
+    ("share", "level", "words"),
+    [
+        (0.5, "OK", "GiB free"),
+        (0.04, "WARN", "less than 5%: free space soon"),
+        (0.0, "FAIL", "as good as full"),
+    ],
+)
+def test_room_left_on_a_file_system(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, share: float, level: str, words: str
+) -> None:
+    """The room is given here: what this machine's disk has left is nothing to test by."""
+    status = os.statvfs(tmp_path)
+    total = status.f_blocks * status.f_frsize
+    monkeypatch.setattr(disks, "free_bytes", lambda place: int(share * total))
+    told(disks.space("results", tmp_path / "not" / "yet", key="--results"), level, words)
+
+
 def test_folders_that_cannot_be_used(tmp_path: Path) -> None:
-    told(disks.space("results", tmp_path / "not" / "yet", key="--results"), "OK", "GiB free")
     gone = disks.space("work", tmp_path / "gone", key="storage.work", must_exist=True)
     told(gone, "FAIL", "is no folder: correct storage.work")
     told(disks.space("results", Path("/proc/self"), key="--results"), "FAIL", "nothing can be writ")
