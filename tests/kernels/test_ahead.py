@@ -44,7 +44,7 @@ def test_nothing_spills_unless_it_says_why_and_everything_can_be_launched(
     assert {row["target"] for row in rows} == {"sm_80", "sm_90"}
     for row in rows:
         assert (int(row["stack_bytes"]) > 0) == bool(row["spills"]), row
-        assert int(row["stack_bytes"]) < 64, row
+        assert int(row["stack_bytes"]) <= 80, row
         assert int(row["shared_bytes"]) <= int(row["shared_limit"]), row
         assert int(row["blocks_per_multiprocessor"]) > 0, row
 

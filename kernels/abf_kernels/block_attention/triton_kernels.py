@@ -222,14 +222,15 @@ def dq_kernel(
 
 @triton.jit
 def _add_queries(
-    j, dk, dv, k_tile, v_tile, q, grad_out, lse, delta, ranges, entries, batch, group, n, scale,
-    n_listed, listed, step, stride_qb, stride_qh, stride_qm, stride_gb, stride_gh, stride_gm,
-    H, R, M,
+    j, entry, dk, dv, k_tile, v_tile, q, grad_out, lse, delta, ranges, entries, batch, group, n,
+    scale, n_listed, listed, step,
+    stride_qb, stride_qh, stride_qm, stride_gb, stride_gh, stride_gm, H, R, M,
     D: tl.constexpr, ROWS: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Add to dk and dv [KEYS,D] what the j-th pair (head of the group, listed tile) gives."""
+    """Add to dk and dv [KEYS,D] what the j-th pair (head of the group, listed tile) gives; `entry`
+    is that tile's. Returns the next pair's, read early: the copies of its tile wait for it."""
     head = group * R + j // n_listed
-    entry = tl.load(entries + listed + step * (j % n_listed))
+    next_entry = tl.load(entries + listed + step * ((j + 1) % n_listed))
     first = (entry // 2) * ROWS
     row, dim = tl.arange(0, ROWS), tl.arange(0, D)
     inside = first + row < M
@@ -260,7 +261,7 @@ def _add_queries(
     if MASKED:
         ds = tl.where(p == 0.0, 0.0, ds)  # a key that nobody sees may be no number, and dp neither
     dk = tl.dot(ds.to(q_tile.dtype), q_tile, dk, input_precision=PRECISION)
-    return dk, dv
+    return next_entry, dk, dv
 
 
 @triton.jit(do_not_specialize=["M", "N", "tiles", "max_entries"])
@@ -292,17 +293,20 @@ def dkv_kernel(
 
     grad_k = tl.zeros((KEYS, D), tl.float32)
     grad_v = tl.zeros((KEYS, D), tl.float32)
+    # Where nothing is listed this is not written, and not used.
+    entry = tl.load(entries + listed)
     for j in tl.range(0, R * n_full):
-        grad_k, grad_v = _add_queries(
-            j, grad_k, grad_v, k_tile, v_tile, q, grad_out, lse, delta, ranges, entries, batch,
-            group, first + key, scale, n_full, listed, 1,
+        entry, grad_k, grad_v = _add_queries(
+            j, entry, grad_k, grad_v, k_tile, v_tile, q, grad_out, lse, delta, ranges, entries,
+            batch, group, first + key, scale, n_full, listed, 1,
             stride_qb, stride_qh, stride_qm, stride_gb, stride_gh, stride_gm,
             H, R, M, D, ROWS, False, PRECISION,
         )  # fmt: skip
+    entry = tl.load(entries + listed + max_entries - 1)
     for j in tl.range(0, R * n_partial):
-        grad_k, grad_v = _add_queries(
-            j, grad_k, grad_v, k_tile, v_tile, q, grad_out, lse, delta, ranges, entries, batch,
-            group, first + key, scale, n_partial, listed + max_entries - 1, -1,
+        entry, grad_k, grad_v = _add_queries(
+            j, entry, grad_k, grad_v, k_tile, v_tile, q, grad_out, lse, delta, ranges, entries,
+            batch, group, first + key, scale, n_partial, listed + max_entries - 1, -1,
             stride_qb, stride_qh, stride_qm, stride_gb, stride_gh, stride_gm,
             H, R, M, D, ROWS, True, PRECISION,
         )  # fmt: skip
