@@ -15,14 +15,21 @@ from hypothesis import strategies as st
 STREAMS = ("context_causal", "block_causal")
 
 
-def two_stream_predicate(document_id, block_id, clean_stream):
-    """Bool [2L,2L] of one row, pair by pair, from the sentence in docs: who may see whom."""
+def two_stream_predicate(document_id, block_id, clean_stream, dropped=frozenset(), sinks=0):
+    """Bool [2L,2L] of one row, pair by pair, from the sentence in docs: who may see whom.
+
+    Of blocks before its own, a block in `dropped` sees the document's first `sinks` tokens alone.
+    """
     length = len(document_id)
     mask = torch.zeros(2 * length, 2 * length, dtype=torch.bool)
     for query in range(2 * length):
         for key in range(2 * length):
             i, j = query % length, key % length
             if document_id[i] < 0 or document_id[i] != document_id[j]:
+                continue
+            before = block_id[j] < block_id[i]
+            is_sink = j - document_id.index(document_id[i]) < sinks
+            if before and block_id[i] in dropped and not is_sink:
                 continue
             query_is_noisy, key_is_noisy = query < length, key < length
             if query_is_noisy and key_is_noisy:
@@ -65,6 +72,71 @@ def test_two_stream_ranges_are_the_predicate(clean_stream, dtype, ids):
     assert ranges.shape == (1, 2 * len(ids[0]), 4)
     expected = two_stream_predicate(*ids, clean_stream)
     assert torch.equal(dense_mask(ranges, 2 * len(ids[0]))[0], expected)
+
+
+@pytest.mark.parametrize("clean_stream", STREAMS)
+@settings(max_examples=60, deadline=None)
+@given(ids=packed_ids(), sinks=st.integers(0, 7), data=st.data())
+def test_a_dropped_block_sees_the_sinks_and_itself(clean_stream, ids, sinks, data):
+    document_id, block_id = ids
+    dropped = data.draw(st.sets(st.sampled_from(block_id)))
+    ranges = two_stream_ranges(
+        torch.tensor([document_id]),
+        torch.tensor([block_id]),
+        clean_stream=clean_stream,
+        dropped=torch.tensor([[block in dropped for block in block_id]]),
+        sinks=sinks,
+    )
+    expected = two_stream_predicate(document_id, block_id, clean_stream, dropped, sinks)
+    # Summing what both ranges see would tell a key that is seen twice.
+    assert torch.equal(dense_mask(ranges, 2 * len(block_id))[0], expected)
+    a0, a1, b0, b1 = ranges[0].unbind(-1)
+    assert torch.equal(a1 - a0 + b1 - b0, expected.sum(-1).to(torch.int32))
+
+
+def test_noisy_blocks_of_other_lengths_are_dropped_with_their_clean_ones():
+    document_id = torch.zeros(1, 7, dtype=torch.int64)
+    block_id = torch.tensor([[0, 1, 1, 1, 2, 2, 2]])
+    # Three slots of the block that begins at 1, one of that at 4, one of padding.
+    start = torch.tensor([[1, 1, 1, 4, -1]])
+    ranges = two_stream_ranges(
+        document_id,
+        block_id,
+        clean_stream="context_causal",
+        block_start=start,
+        dropped=block_id == 2,
+        sinks=2,
+    )
+    clean = 5
+    assert ranges[0, :5].tolist() == [
+        [clean, clean + 1, 0, 3],
+        [clean, clean + 1, 0, 3],
+        [clean, clean + 1, 0, 3],
+        [clean, clean + 2, 3, 4],
+        [0, 0, 0, 0],
+    ]
+    assert ranges[0, 5 + 6].tolist() == [clean, clean + 2, clean + 4, clean + 7]
+
+
+@pytest.mark.parametrize(
+    ("dropped", "sinks", "message"),
+    [
+        ([[0, 0, 1]], 0, "dropped must be bool of document_id's shape"),
+        ([[False, True]], 0, "dropped must be bool of document_id's shape"),
+        ([[False, False, True]], 0, "dropped must be one value a block.*row 0, token 2"),
+        ([[False, True, True]], -1, "sinks must be 0 or more; got -1"),
+    ],
+)
+def test_what_cannot_be_dropped_is_refused(dropped, sinks, message):
+    document_id, block_id = torch.zeros(1, 3, dtype=torch.int64), torch.tensor([[0, 1, 1]])
+    with pytest.raises(ValueError, match=message):
+        two_stream_ranges(
+            document_id,
+            block_id,
+            clean_stream="context_causal",
+            dropped=torch.tensor(dropped),
+            sinks=sinks,
+        )
 
 
 @pytest.mark.parametrize("block_size", [1, 3, 4, 12])

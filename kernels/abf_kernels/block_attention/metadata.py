@@ -20,12 +20,16 @@ def two_stream_ranges(
     *,
     clean_stream: CleanStream,
     block_start: Tensor | None = None,
+    dropped: Tensor | None = None,
+    sinks: int = 0,
 ) -> Tensor:
     """Ranges of the two-stream training mask over rows [noisy ; clean].
 
     A noisy query sees the clean tokens of its document before its block, and its own noisy block.
     A clean query sees its document's clean tokens up to itself ("context_causal"), or up to the
-    end of its block ("block_causal", as BD3-LM). It never sees a noisy token.
+    end of its block ("block_causal", as BD3-LM). It never sees a noisy token. Of what lies before
+    its block, a query of a *dropped* block, noisy or clean, sees the document's sinks alone: two
+    ranges still say it all, and the kernels know nothing of it.
 
     Args:
         document_id: [B,L] integers, non-decreasing, -1 = padding (sees nothing, is never seen).
@@ -34,14 +38,20 @@ def two_stream_ranges(
         block_start: [B,M] integers, the clean token with which the block of a noisy slot begins,
             -1 = padding; equal neighbours are one noisy block, of whatever length. By default every
             token has its noisy copy (M = L).
+        dropped: bool [B,L], one value a block: which blocks lose what lies before them (block
+            dropout, arXiv 2605.15913).
+        sinks: how many first tokens of a document its dropped blocks go on seeing.
 
     Returns:
         int32 [B,M+L,4], as `block_attention` takes them.
 
     Raises:
         ValueError: on a wrong shape or dtype, ids that decrease, a block in two documents, padding
-            inside a document, or a noisy block that begins where no clean block does.
+            inside a document, a noisy block that begins where no clean block does, a block that is
+            dropped in part, or a negative number of sinks.
     """
+    if sinks < 0:
+        raise ValueError(f"sinks must be 0 or more; got {sinks}")
     if clean_stream not in get_args(CleanStream):
         allowed = ", ".join(get_args(CleanStream))
         raise ValueError(f"clean_stream must be one of {allowed}; got {clean_stream!r}")
@@ -66,9 +76,15 @@ def two_stream_ranges(
     new_block[:, 1:] |= block_id[:, 1:] != block_id[:, :-1]
     index = torch.arange(length, dtype=torch.int32, device=document_id.device)
     document_start = _last_start(new_document, index)
-    block_end = _next_start(new_block, index)
+    block_end, own_start = _next_start(new_block, index), _last_start(new_block, index)
+    # What lies before its block reaches to `known`, its own block begins at `own`: equal, unless it
+    # is dropped.
+    known = own_start
+    if dropped is not None:
+        _check_dropped(dropped, document_id, own_start)
+        known = torch.where(dropped, (document_start + sinks).minimum(own_start), own_start)
     if block_start is None:
-        block_start = _last_start(new_block, index).masked_fill(~valid, -1)
+        block_start = own_start.masked_fill(~valid, -1)
     else:
         _check_starts(block_start, valid & new_block)
     noisy_valid, slots = block_start >= 0, block_start.shape[1]
@@ -80,12 +96,19 @@ def two_stream_ranges(
         len(document_id), slots + length, 4, dtype=torch.int32, device=document_id.device
     )
     noisy, clean = ranges[:, :slots], ranges[:, slots:]
-    noisy[..., 0] = document_start.gather(1, block_start.clamp(min=0).long()) + slots
-    noisy[..., 1] = block_start + slots
+    begins = block_start.clamp(min=0).long()
+    noisy[..., 0] = document_start.gather(1, begins) + slots
+    noisy[..., 1] = known.gather(1, begins) + slots
     noisy[..., 2] = _last_start(new_noisy, column)
     noisy[..., 3] = _next_start(new_noisy, column)
     clean[..., 0] = document_start + slots
-    clean[..., 1] = (index + 1 if clean_stream == "context_causal" else block_end) + slots
+    seen = index + 1 if clean_stream == "context_causal" else block_end
+    clean[..., 1] = seen + slots
+    if dropped is not None:
+        apart = known < own_start
+        clean[..., 1] = torch.where(apart, known, seen) + slots
+        clean[..., 2] = torch.where(apart, own_start + slots, 0)
+        clean[..., 3] = torch.where(apart, seen + slots, 0)
     return ranges.mul_(torch.cat((noisy_valid, valid), 1).unsqueeze(-1))
 
 
@@ -132,6 +155,20 @@ def _check_starts(block_start: Tensor, begins: Tensor) -> None:
     at = block_start.clamp(0, begins.shape[1] - 1).long()
     if bool((real & ~(inside & begins.gather(1, at))).any()):
         raise ValueError("block_start must name the first token of a clean block")
+
+
+def _check_dropped(dropped: Tensor, document_id: Tensor, own_start: Tensor) -> None:
+    if dropped.dtype != torch.bool or dropped.shape != document_id.shape:
+        raise ValueError(
+            f"dropped must be bool of document_id's shape {tuple(document_id.shape)}; got "
+            f"{dropped.dtype} {tuple(dropped.shape)}"
+        )
+    parts = (dropped != dropped.gather(1, own_start.long())) & (document_id >= 0)
+    if bool(parts.any()):
+        row, token = parts.nonzero()[0].tolist()
+        raise ValueError(
+            f"dropped must be one value a block; it changes inside one at row {row}, token {token}"
+        )
 
 
 def _document_starts(document_id: Tensor) -> Tensor:
