@@ -36,16 +36,23 @@ class PackedBatch:
     granularity: IntArray | None = None
     """[B, L]; which of its granularities the model is told of the piece, -1 for none; None tells
     nothing at all, as a file does."""
+    dropped: npt.NDArray[np.bool_] | None = None
+    """[B, L], one value a block: which blocks see nothing of what lies before them but `sinks`;
+    None: all see it."""
+    sinks: int = 0
+    """First tokens of a piece, its document token counted, that dropped blocks go on seeing."""
 
     def take(self, index: slice | list[int]) -> PackedBatch:
         """Some of the rows."""
-        told = self.granularity
+        told, dropped = self.granularity, self.dropped
         return PackedBatch(
             self.token_ids[index],
             self.block_id[index],
             self.document_id[index],
             self.row[index],
             None if told is None else told[index],
+            None if dropped is None else dropped[index],
+            self.sinks,
         )
 
 

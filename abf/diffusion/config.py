@@ -165,6 +165,15 @@ Corruption = Annotated[MaskedCorruption | PathCorruption, Field(discriminator="k
 """Corruptions by `kind`."""
 
 
+class HistoryConfig(ConfigModel):
+    """Block dropout: blocks that see nothing of what lies before them but its first tokens."""
+
+    dropout: float = Field(gt=0, le=1)
+    """Share of blocks, drawn anew in every epoch."""
+    sinks: int = Field(default=1, ge=0)
+    """First tokens of a document, the document token counted, that they go on seeing."""
+
+
 class GranularityConfig(ConfigModel):
     """Blocks of several mean lengths: each document draws one, its blocks are joined at random to
     be about so long, and the model is told which it is."""

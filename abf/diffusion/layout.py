@@ -98,6 +98,8 @@ def two_stream(batch: PackedBatch, noised: NoisyStream, *, clean_stream: CleanSt
             torch.as_tensor(batch.block_id),
             clean_stream=clean_stream,
             block_start=torch.as_tensor(start),
+            dropped=None if batch.dropped is None else torch.as_tensor(batch.dropped),
+            sinks=batch.sinks,
         ),
         noisy=M,
         granularity=_noisy_granularity(batch, start),

@@ -11,6 +11,9 @@ A granularity T is a mean block length that is drawn for a document whatever its
 telling it gives nothing of the text away. Blocks of mean length m are then joined to the one before
 with probability 1 - m/T, which makes runs of T/m blocks on average.
 
+Block dropout takes what lies before them from blocks, noisy and clean, but for the first tokens of
+a piece, so that a model learns to do without it (arXiv 2605.15913).
+
 Letters: B batch rows, L row length.
 """
 
@@ -22,12 +25,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from abf.data.loader import PackedBatch
-from abf.diffusion.config import GranularityConfig
+from abf.diffusion.config import GranularityConfig, HistoryConfig
 from abf.diffusion.layout import positions, run_starts
 from abf.diffusion.rng import uniform
 
-_JOIN, _LENGTH, _TOLD = 32, 33, 34
-"""Substreams of random numbers: which blocks join, which granularity, who is told."""
+_JOIN, _LENGTH, _TOLD, _DROP = 32, 33, 34, 35
+"""Substreams of random numbers: which blocks join, which granularity, who is told, who forgets."""
 
 
 def regroup(
@@ -74,6 +77,25 @@ def regroup(
         first &= ~_joined(batch, first, place, joins=joins, longest=longest, keys=keys)
     block_id = np.where(batch.document_id >= 0, first.cumsum(axis=1) - 1, -1)
     return dataclasses.replace(batch, block_id=block_id, granularity=told)
+
+
+def drop_history(
+    batch: PackedBatch, cfg: HistoryConfig | None, *, seed: int, epochs: NDArray[np.int64]
+) -> PackedBatch:
+    """The same blocks, of which some lose what lies before them; None: none does.
+
+    Args:
+        batch: packed rows, in the blocks to train.
+        cfg: how many, and what they keep.
+        seed: of the run.
+        epochs: [B] how often each row has been seen before.
+    """
+    if cfg is None:
+        return dataclasses.replace(batch, dropped=None, sinks=0)
+    epoch = np.asarray(epochs, dtype=np.int64)[:, None]
+    begins = np.take_along_axis(positions(batch.document_id), run_starts(batch.block_id), axis=1)
+    drawn = uniform(seed, _DROP, epoch, batch.document_id, begins) < cfg.dropout
+    return dataclasses.replace(batch, dropped=drawn & (batch.document_id >= 0), sinks=cfg.sinks)
 
 
 def _drawn(

@@ -7,7 +7,13 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from abf.base import ConfigModel, Seed, Threads
-from abf.diffusion.config import Corruption, GranularityConfig, LossConfig, MaskedCorruption
+from abf.diffusion.config import (
+    Corruption,
+    GranularityConfig,
+    HistoryConfig,
+    LossConfig,
+    MaskedCorruption,
+)
 from abf.model.config import AttentionBackend, ImportedBase, ShapeConfig
 
 Decay = Annotated[float, Field(ge=0, lt=1)]
@@ -57,6 +63,9 @@ class Stage(ConfigModel):
     """Probability that a block is joined to the one before it while both fit the longest block."""
     granularity: GranularityConfig | None = None
     """Join blocks to a mean length that each document draws, and tell the model; none does not."""
+    history: HistoryConfig | None = None
+    """Blocks that lose what lies before them; none does not. Such a stage trains on no bound of the
+    model that sees everything."""
 
     def model_post_init(self, context: object) -> None:
         if self.granularity is not None and self.join:
@@ -94,7 +103,8 @@ class BlockObjective(ConfigModel):
     @property
     def bound(self) -> bool:
         """Whether the block loss is an unbiased draw of the bound in every stage."""
-        return all(corruption.bound for corruption in self.corruptions)
+        forgets = any(stage.history is not None for stage in self.stages)
+        return not forgets and all(corruption.bound for corruption in self.corruptions)
 
     @property
     def edits(self) -> bool:

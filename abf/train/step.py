@@ -23,7 +23,7 @@ from abf.diffusion.corrupt.path import PathNoised
 from abf.diffusion.flops import counting
 from abf.diffusion.loss import Term, count_terms, term_weights
 from abf.diffusion.policy.watch import COMPLETE_COUNTS, EDIT_COUNTS
-from abf.diffusion.regroup import regroup
+from abf.diffusion.regroup import drop_history, regroup
 from abf.errors import ArtifactError, ConfigError, DivergenceError
 from abf.model.attention import check_backend
 from abf.model.transformer import Transformer
@@ -192,16 +192,17 @@ class Trainer:
         return self._corruptions[stage.until]
 
     def _grouped(self, number: int, batch: PackedBatch, epochs: NDArray[np.int64]) -> PackedBatch:
-        """Rows of a step, in its blocks."""
+        """Rows of a step, in its blocks, and which of these lose what lies before them."""
         objective = self.cfg.objective
         if objective.kind != "block":
             return batch
         stage = objective.stage(number, self.steps)
         longest = self.model.config.max_block
-        return regroup(
+        batch = regroup(
             batch, cap=stage.block_cap, join=stage.join, longest=longest, seed=self.seed,
             epochs=epochs, granularity=stage.granularity, known=self.model.config.granularities,
         )  # fmt: skip
+        return drop_history(batch, stage.history, seed=self.seed, epochs=epochs)
 
     @property
     def teaching(self) -> int | None:

@@ -70,7 +70,7 @@ def test_two_stream_ranges_are_the_predicate(clean_stream, dtype, ids):
     ranges = two_stream_ranges(document_id, block_id, clean_stream=clean_stream)
     assert ranges.dtype == torch.int32
     assert ranges.shape == (1, 2 * len(ids[0]), 4)
-    expected = two_stream_predicate(*ids, clean_stream)
+    expected = two_stream_predicate(ids[0], ids[1], clean_stream)
     assert torch.equal(dense_mask(ranges, 2 * len(ids[0]))[0], expected)
 
 
