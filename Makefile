@@ -23,7 +23,7 @@ export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 export MLFLOW_DISABLE_TELEMETRY := true
 
-.PHONY: help demo test check ui bench kernels-report setup wheelhouse clean format reference slurm-box slurm-box-down reliability
+.PHONY: help demo test check ui bench bench-gpu kernels-report setup wheelhouse clean format reference slurm-box slurm-box-down reliability
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -83,6 +83,9 @@ ui: $(STAMP)  ## the MLflow UI on 127.0.0.1:PORT, filled from what is on disk
 
 bench: $(STAMP)  ## benchmarks: ratios measured side by side, to benchmarks/results/
 	@python -m benchmarks
+
+bench-gpu: $(STAMP)  ## the kernels on an NVIDIA GPU beside their peers, to benchmarks/results/ (WHEELS=cuda)
+	@python -m benchmarks.gpu $(ARGS)
 
 kernels-report: $(VENV)/dev.stamp  ## registers, shared memory and instructions of the kernels, to benchmarks/results/
 	@python -m abf_kernels.ahead benchmarks/results/kernels_ahead.csv

@@ -69,7 +69,7 @@ class _TritonAttention(torch.autograd.Function):
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, plan: DevicePlan, scale: float
     ) -> tuple[Tensor, Tensor]:
         batch, heads, n_queries, dim = q.shape
-        config = _config(q)
+        config = config_of(q)
         out = torch.empty_like(q)
         lse = torch.empty(batch, heads, n_queries, dtype=torch.float32, device=q.device)
         # delta = grad_out . out cancels against dP: where one key takes nearly all the weight, the
@@ -103,7 +103,7 @@ class _TritonAttention(torch.autograd.Function):
         groups, n_keys = k.shape[1:3]
         if grad_out.stride(-1) != 1:  # that of a sum has stride 0
             grad_out = grad_out.contiguous()
-        config, precision = _config(q), _precision(q)
+        config, precision = config_of(q), _precision(q)
         log2_scale = ctx.scale * math.log2(math.e)
         delta = torch.empty_like(lse)
         dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
@@ -131,7 +131,8 @@ class _TritonAttention(torch.autograd.Function):
         return dq, dk, dv, None, None
 
 
-def _config(q: Tensor) -> Config:
+def config_of(q: Tensor) -> Config:
+    """Tiles for queries [...,D] on their device."""
     capability = None if _INTERPRETED else torch.cuda.get_device_capability(q.device)
     return choose(capability, q.shape[-1], q.element_size())
 

@@ -1,0 +1,197 @@
+"""The GPU benchmark as far as a machine without a GPU runs it.
+
+Kernels are interpreted, the clock is the CPU's, and the peer is dense SDPA.
+"""
+
+from __future__ import annotations
+
+import csv
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from abf_kernels.block_attention.configs import Config, Tile
+
+from benchmarks.bench_attention import Shape
+from benchmarks.gpu import attention, ceilings, checks, metadata, serving, tune
+from benchmarks.gpu.__main__ import main
+from benchmarks.gpu.table import FIELDS, Table, file_of, machine
+from benchmarks.gpu.timing import Figure, cpu_clock, figure, interleaved, ratio
+
+CPU = torch.device("cpu")
+TINY = attention.Case(Shape(1, 2, 96, 16), 1, {})
+
+
+def two_peers(problem: attention.Problem, backend: Any) -> dict[str, attention.Peer]:
+    return {"ours": attention.ours(problem, backend), "dense SDPA": attention.dense(problem)}
+
+
+def measured(**more: Any) -> list[Figure]:
+    more = {"backend": "triton", "dtype": torch.float32, "found": two_peers} | more
+    return list(attention.run(TINY, CPU, cpu_clock, rounds=2, **more))
+
+
+def test_all_operators_are_checked_and_a_right_one_passes() -> None:
+    told = checks.verify(CPU, (torch.float16, torch.float32), "triton", (64,))
+    assert len(told) == 2
+    assert all("block_attention, block_decode, masked_loss agree" in line for line in told)
+
+
+@pytest.mark.parametrize("name", ["block_attention", "block_decode", "masked_loss"])
+def test_a_wrong_operator_ends_the_run(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One part in twenty, or a NaN, in what an operator returns."""
+    right: Callable[..., Any] = getattr(checks, name)
+    for factor in (1.05, math.nan):
+
+        def wrong(*args: Any, backend: str, factor: float = factor, **more: Any) -> Any:
+            found = right(*args, backend=backend, **more)
+            if backend == "reference":
+                return found
+            head, *rest = found if isinstance(found, tuple) else (found,)
+            return (head * factor, *rest) if rest else head * factor
+
+        monkeypatch.setattr(checks, name, wrong)
+        with pytest.raises(checks.WrongResultError, match=f"{name}.*nothing was timed"):
+            checks.verify(CPU, (torch.float32,), "tiles")
+
+
+def test_rates_count_the_pairs_that_are_seen() -> None:
+    problem = attention.Problem(TINY, torch.float32, CPU)
+    sees = attention.mask_of(problem)
+    for seed in range(3):
+        problem.renew(seed)
+        seen = sum(
+            bool(sees(torch.tensor(0), torch.tensor(0), torch.tensor(q), torch.tensor(k)))
+            for q in range(96)
+            for k in range(96)
+        )
+        assert problem.pairs == seen
+        assert problem.flops(attention.FORWARD) == 4 * 16 * 2 * seen
+        assert problem.density() == pytest.approx(seen / 96**2)
+        assert attention.tile_waste(problem) * seen >= seen
+
+
+def test_every_peer_has_rates_and_a_ratio() -> None:
+    rows = measured(goals={"forward": ">= 360", "over dense SDPA backward": ">= 1.3"})
+    names = [row.figure for row in rows]
+    for step in ("forward", "backward"):
+        for peer in ("ours", "dense SDPA"):
+            assert f"{step}, {peer}, {TINY}" in names
+    for step in ("forward", "backward", "forward+backward"):
+        assert f"{step}, ours over dense SDPA, {TINY}" in names
+    for what in ("mask alone", "mask and forward"):
+        assert f"{what}, ours, {TINY}" in names
+    goals = {row.figure.split(", B=")[0]: row.goal for row in rows if row.goal}
+    assert goals == {"forward, ours": ">= 360", "backward, ours over dense SDPA": ">= 1.3"}
+    assert all(row.low <= row.value <= row.high for row in rows)
+
+
+def test_a_peer_that_fails_is_a_row_and_one_that_differs_an_error() -> None:
+    def fails(*_: Any) -> torch.Tensor:
+        raise RuntimeError("CUDA out of memory")
+
+    def with_one(peer: attention.Peer) -> Any:
+        return lambda problem, backend: two_peers(problem, backend) | {"other": peer}
+
+    rows = measured(found=with_one(attention.Peer(fails)))
+    (told,) = (row for row in rows if row.figure == f"other, {TINY}")
+    assert told.detail == "RuntimeError: CUDA out of memory"
+    assert math.isnan(told.value)
+    wrong = attention.Peer(lambda q, k, v: q * k.sum() + v.sum())
+    with pytest.raises(AssertionError, match="other differs from ours"):
+        measured(found=with_one(wrong))
+
+
+def test_the_flex_mask_is_that_of_the_ranges(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its mask function runs here, not compiled; its kernels have no backward pass on a CPU."""
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    problem = attention.Problem(TINY, torch.float32, CPU)
+    peer = attention.flex(problem, {}, tuned=False)
+    for seed in (4, 5):
+        problem.renew(seed)
+        peer.prepare()
+        with torch.no_grad():
+            found = peer.attend(*problem.inputs)
+            wanted = attention.ours(problem, "reference").attend(*problem.inputs)
+        assert (found - wanted).abs().max() < 1e-5
+
+
+def test_decoding_and_losses_are_timed() -> None:
+    cache = serving.Cache(2, 300, own=3, heads=4, groups=2, dim=16)
+    more = {"rounds": 2, "backend": "tiles", "dtype": torch.float32}
+    share, against = serving.decoding(cache, CPU, cpu_clock, **more)
+    assert share.unit == "share"
+    assert against.unit == "ratio"
+    rows = list(serving.losses(9, 16, 50, CPU, cpu_clock, peak=lambda call: 1024.0, **more))
+    assert [row.unit for row in rows] == ["TFLOP/s", "ratio", "ratio"]
+    product, copy = ceilings.run(CPU, cpu_clock, n=32, size=1 << 12, rounds=2)
+    assert (product.unit, copy.unit) == ("TFLOP/s", "GB/s")
+
+
+def test_bounds_are_timed() -> None:
+    (row,) = metadata.bounds(TINY, CPU, cpu_clock, rows=64, rounds=2)
+    assert row.goal == "<= 50"
+
+
+def test_tuning_takes_the_fastest_tile_and_puts_back_what_it_found(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from abf_kernels.block_attention import triton as kernels
+
+    before = kernels.config_of
+    quick = Tile(32, 32, 4, 1)
+
+    def clock(call: Callable[[], object]) -> float:
+        call()
+        chosen = kernels.config_of(torch.empty(1, 1, 1, 16))
+        return 1.0 + sum(tile != quick for tile in chosen)
+
+    lines = list(
+        tune.tune(CPU, clock, cases=(TINY,), tiles=(quick,), rounds=1, dtype=torch.float32)
+    )
+    assert kernels.config_of is before
+    assert lines[-1] == f"(ARCHITECTURE, 16, 4): {Config(quick, quick, quick)},"
+    assert "1.333x the one in use" in lines[0]
+
+
+def test_rounds_are_interleaved_and_warm_ones_do_not_count() -> None:
+    order: list[str] = []
+    seconds = interleaved(
+        {"a": lambda: order.append("a"), "b": lambda: order.append("b")},
+        lambda call: (call(), 2.0)[1], rounds=3, warm=1,
+        renew=lambda number: order.append(str(number)),
+    )  # fmt: skip
+    assert order == ["0", "a", "b", "1", "a", "b", "2", "a", "b", "3", "a", "b"]
+    assert seconds == {"a": [2.0] * 3, "b": [2.0] * 3}
+
+
+def test_medians_ratios_and_their_intervals() -> None:
+    row = figure("x", [3.0, 1.0, 2.0], "us")
+    assert (row.value, row.low, row.high) == (2.0, 1.0, 3.0)
+    assert ratio("x", [4.0, 4.0], [2.0, 2.0]).value == 2.0
+
+
+def test_a_run_that_is_cut_short_leaves_its_rows(tmp_path: Path) -> None:
+    path = file_of(tmp_path, "NVIDIA A100-SXM-64GB")
+    assert path.name == "gpu_nvidia_a100_sxm_64gb.csv"
+    table = Table(path, {"device": "NVIDIA A100-SXM-64GB"})
+    table.add(figure("one", [1.0], "us", detail="a, b"))
+    assert not path.exists()
+    with open(table.partial, newline="") as handle:
+        (row,) = csv.DictReader(handle)
+    assert set(row) == {*FIELDS, "device"}
+    assert (row["figure"], row["detail"]) == ("one", "a, b")
+    assert table.done() == path
+    assert path.is_file()
+    assert {"device", "torch", "triton", "git_sha"} <= set(machine(CPU))
+
+
+def test_without_a_gpu_nothing_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    told: list[str] = []
+    assert main(["--results", str(tmp_path)], told.append) == 1
+    assert "no NVIDIA GPU" in told[0]
+    assert not list(tmp_path.iterdir())
