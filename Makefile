@@ -68,6 +68,7 @@ check: $(VENV)/dev.stamp  ## lint, format, types, import contracts, workflow lin
 	lint-imports --no-logo
 	snakefmt --check workflow
 	python tests/workflow/lint.py
+	python -m benchmarks.performance --check
 	abf config --check config config/tiny.yaml config/lists.yaml config/smollm2.yaml config/grids/*.yaml
 
 format: $(VENV)/dev.stamp  ## format code and workflow

@@ -29,6 +29,8 @@ from abf.hardware import bf16_instructions
 from benchmarks.statistics import Row, ratio_row
 
 SHORTEST, LONGEST = 4, 44  # block lengths are uniform between them: mean 24
+CEILING = 1024
+"""Side of the matrices whose product is the ceiling of what this CPU computes."""
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 6e-2}
 
 
@@ -96,6 +98,11 @@ class Problem:
             error = (actual.float() - expected.float()).abs().max() / expected.float().abs().max()
             assert error < TOLERANCE[self.dtype], f"{self.shape} {self.dtype}: {error}"
 
+    def flops(self) -> int:
+        """Of forward and backward over the pairs that are seen: seven products."""
+        a0, a1, b0, b1 = self.ranges.unbind(-1)
+        return 14 * int((a1 - a0 + b1 - b0).sum()) * self.shape.heads * self.shape.dim
+
     def waste(self) -> tuple[float, float]:
         """Share of the 2L x 2L pairs that are seen, and pairs computed per pair seen."""
         a0, a1, b0, b1 = self.ranges.unbind(-1)
@@ -117,8 +124,14 @@ def _attention_rows(shape: Shape, dtype: torch.dtype, rounds: int) -> list[Row]:
     variants = {"dense": problem.dense, "tiles": problem.tiles}
     forward: dict[str, list[float]] = {name: [] for name in variants}
     both: dict[str, list[float]] = {name: [] for name in variants}
+    product, needed = [], []
+    square = torch.randn(2, CEILING, CEILING).to(dtype)
     for number in range(-2, rounds):
         problem.renew(number + 3)
+        ceiling = _cpu_seconds(lambda: square[0] @ square[1])
+        if number >= 0:
+            product.append(ceiling)
+            needed.append(problem.flops() * ceiling / (2 * CEILING**3))
         for name, attend in variants.items():
             with torch.no_grad():
                 ahead = _cpu_seconds(attend)
@@ -138,7 +151,13 @@ def _attention_rows(shape: Shape, dtype: torch.dtype, rounds: int) -> list[Row]:
         rows.append(
             ratio_row(f"{step}, {kind}, {shape}", seconds["dense"], seconds["tiles"], detail)
         )
-    return rows
+    rate = 2 * CEILING**3 / sorted(product)[rounds // 2] / 1e9
+    detail = (
+        f"of the rate of a product of {CEILING} x {CEILING} matrices in the same rounds, "
+        f"{rate:.0f} GFLOP/s; counted are seven products of D multiply-adds for each pair seen"
+    )
+    name = f"share of matrix-product rate, forward+backward, {kind}, {shape}"
+    return [*rows, ratio_row(name, needed, both["tiles"], detail)]
 
 
 def _memory_row(shape: Shape, dtype: torch.dtype) -> Row:
