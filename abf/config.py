@@ -119,7 +119,7 @@ class RunConfig(ConfigModel):
                     f"decoders.{name}.strategy.kind={decoder.strategy.kind!r} needs a model "
                     "trained on blocks, but train.objective.kind is 'ar': use strategy 'ar'"
                 )
-            self._check_edits(name, decoder)
+            self._check_trained(name, decoder)
             self._check_granularity(name, decoder)
             extent = decoder.extent
             if extent and extent.kind == "fixed" and extent.length > self.pack.max_block:
@@ -165,10 +165,16 @@ class RunConfig(ConfigModel):
         corruption = getattr(self.train.objective, "corruption", None)
         return corruption.late if corruption is not None and corruption.kind == "path" else 0.0
 
-    def _check_edits(self, name: str, decoder: DecoderConfig) -> None:
-        """A strategy that reads edit heads needs a model whose training has them."""
+    def _check_trained(self, name: str, decoder: DecoderConfig) -> None:
+        """A decoder needs the AR view and the heads that it reads to have been trained."""
         strategy, objective = decoder.strategy, self.train.objective
         causal = objective.kind == "ar" or objective.loss.clean_stream == "context_causal"
+        if strategy.kind == "ar" and not causal:
+            raise ValueError(
+                f"decoders.{name}.strategy.kind='ar' reads the clean stream token by token, which "
+                "train.objective.loss.clean_stream 'block_causal' never trains (a row there sees "
+                f"its whole block): leave decoders.{name} out, or train with 'context_causal'"
+            )
         if decoder.reopen is not None and not causal:
             raise ValueError(
                 f"decoders.{name}.reopen={decoder.reopen} reads the AR audit, which a model with "

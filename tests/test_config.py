@@ -59,6 +59,11 @@ def fault(tmp_path: Path):
             ["decoders.d.reopen=-2.0 reads the AR audit", "'block_causal'"],
         ),
         (
+            "train: {objective: {kind: block, loss: {clean_stream: block_causal, ar_weight: 0}}}\n"
+            "decoders: {plain: {strategy: {kind: ar}}}",
+            ["decoders.plain.strategy.kind='ar'", "'block_causal'", "leave decoders.plain out"],
+        ),
+        (
             "train: {objective: {kind: block, corruption: {kind: path, late: 0.3}}}\n"
             "decoders: {d: {strategy: {kind: abf}, extent: {kind: length_head, late: 0.15}}}",
             ["decoders.d.extent.late=0.15", "corruption.late=0.3"],

@@ -156,9 +156,16 @@ def decode(
     whatever `shift` says.
 
     Raises:
-        ConfigError: the strategy needs edit heads and the model has none, or the granularity is not
-            one that the model was trained with.
+        ConfigError: the strategy needs edit heads and the model has none, or the AR view of a model
+            whose clean stream saw ahead; or the granularity is not one that the model was trained
+            with.
     """
+    if cfg.strategy.kind == "ar" and clean_stream == "block_causal":
+        raise ConfigError(
+            "strategy 'ar' reads the clean stream token by token, and this model's was trained "
+            "with clean_stream 'block_causal', where a row sees its whole block: use another "
+            "strategy, or a model trained with 'context_causal'"
+        )
     strategy = build(cfg.strategy, room="abf.decode.strategy")
     if strategy.needs_edits and not model.config.edit_heads:
         raise ConfigError(

@@ -264,6 +264,11 @@ def test_block_causal_decode_has_no_ar_audit(model: Transformer, tmp_path: Path)
     assert all(np.isnan(sample.log_probs).all() for sample in samples)
 
 
+def test_an_ar_view_that_sees_ahead_is_refused(model: Transformer, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"strategy 'ar' .*'block_causal'.*another strategy"):
+        run(tmp_path / "log", AR, model, tiny_prompts(), clean_stream="block_causal")
+
+
 def test_bf16_decodes(model: Transformer, tmp_path: Path) -> None:
     samples = run(tmp_path / "log", block_config(0.3, precision="bf16"), model, tiny_prompts(2))
     assert all(len(sample.token_ids) for sample in samples)
