@@ -34,7 +34,7 @@ STAGES: dict[str, Stage] = {
         Stage("pack", 1, ("packed",)),
         Stage("base", 2, ("base",)),
         Stage("convert", 2, ("init",)),
-        Stage("train", 1, ("model", "metrics.parquet")),
+        Stage("train", 2, ("model", "metrics.parquet")),
         Stage("decode", 4, ("samples.parquet", "trace.arrows")),
         Stage("score", 2, ("scores.parquet", "documents.parquet")),
         Stage("ledger", 1, ("ledger.parquet",), pure=False),

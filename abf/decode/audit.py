@@ -24,8 +24,8 @@ from abf.decode.events import CLOSING, CODE, from_arrow
 from abf.decode.openings import check_earlier
 from abf.decode.replay import Folded, fold, group_starts
 from abf.decode.trace import read_trace
-from abf.decode.view import net_missing
 from abf.diffusion.policy.gates import read_gates
+from abf.diffusion.policy.need import one_block
 from abf.errors import ArtifactError
 from abf.files import sha256
 from abf.model.store import WEIGHTS, load_model
@@ -254,7 +254,7 @@ class _Reader:
             return gate
         is_mask = np.array(shot.block[: shot.live]) == self.model.mask_id
         gates = read_gates(raw, torch.from_numpy(is_mask))
-        missing = net_missing(gates.missing.numpy(), gates.delete.exp().numpy(), is_mask)
+        missing = one_block(gates.missing.numpy(), gates.delete.exp().numpy(), is_mask).net()
         by_type = {
             CODE["FILL"]: gates.keep.exp().numpy(),
             CODE["SUBSTITUTE"]: gates.revise.exp().numpy(),

@@ -27,7 +27,8 @@ from numpy.typing import NDArray
 from abf.decode.edits import ActiveBlock, Edits
 from abf.decode.observe import summary
 from abf.decode.request import RequestState
-from abf.decode.view import Action, BlockView, IntArray, Strategy, Tokens, net_missing
+from abf.decode.view import Action, BlockView, IntArray, Strategy, Tokens
+from abf.diffusion.policy.need import one_block
 
 SlotArray = NDArray[np.intp]
 
@@ -178,8 +179,8 @@ def _edits(
     if view.edit is not None:
         gates = np.where(view.is_mask, view.edit.keep, view.edit.revise)
         edits.write_gate, edits.delete_gate = gates[write], view.edit.delete[delete]
-        net = net_missing(view.edit.missing, view.edit.delete, view.is_mask)
-        edits.insert_gate = net[gaps]
+        places = one_block(view.edit.missing, view.edit.delete, view.is_mask)
+        edits.insert_gate = places.net()[gaps]
     return edits
 
 

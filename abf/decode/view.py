@@ -135,22 +135,6 @@ def pooled(values: FloatArray, is_mask: NDArray[np.bool_]) -> FloatArray:
     return np.bincount(group, values).astype(np.float64)[group]
 
 
-def net_missing(missing: FloatArray, delete: FloatArray, is_mask: NDArray[np.bool_]) -> FloatArray:
-    """[n+1] expected tokens missing in each gap's group, less the masks there that are expected to
-    be too many.
-
-    A finished draft lacks tokens in a group or has masks too many there, never both, so the
-    difference of what a model expects of either is what it expects the group to need.
-
-    Args:
-        missing: [n+1] expected tokens missing in each gap.
-        delete: [n] probability that nothing belongs in a slot.
-        is_mask: [n]
-    """
-    surplus = np.append(np.where(is_mask, delete, 0.0), 0.0)
-    return pooled(missing - surplus, is_mask)
-
-
 _NONE = np.zeros(0, dtype=np.int32)
 
 

@@ -21,9 +21,9 @@ from abf.decode.view import (
     Gaps,
     RequestMeta,
     Tokens,
-    net_missing,
     sure,
 )
+from abf.diffusion.policy.need import one_block
 
 
 class Abf:
@@ -82,19 +82,11 @@ class Abf:
         return not view.is_mask.any() and view.edit.complete >= self.cfg.complete
 
     def _delete(self, view: BlockView, edit: EditView) -> NDArray[np.bool_]:
-        """Slots to take out, [n]: of a group's masks the surplus at most; not all slots."""
-        chosen = ~edit.locked & (edit.delete >= self.cfg.delete)
-        if "delete" not in self.cfg.operations or len(chosen) < 2:
-            return np.zeros(len(chosen), dtype=bool)
-        surplus = -net_missing(edit.missing, edit.delete, view.is_mask)[:-1]
-        counts = np.where(surplus >= self.cfg.delete, np.floor(surplus + 0.5).clip(min=1), 0)
-        group, masks = _groups(view)[:-1], np.flatnonzero(view.is_mask)
-        order = masks[np.lexsort((-edit.delete[masks], group[masks]))]
-        first = np.searchsorted(group[order], group[order])  # where the mask's group begins
-        chosen[order] &= np.arange(len(order)) - first < counts[order]
-        if chosen.all():
-            chosen[edit.delete.argmin()] = False
-        return chosen
+        """Slots to take out, [n]."""
+        if "delete" not in self.cfg.operations:
+            return np.zeros(len(view.ids), dtype=bool)
+        places = one_block(edit.missing, edit.delete, view.is_mask)
+        return places.deletions(bar=self.cfg.delete, locked=np.append(edit.locked, False))[:-1]
 
     def _substitute(
         self, view: BlockView, edit: EditView
@@ -109,27 +101,14 @@ class Abf:
         return free & (edit.revise * probs >= self.cfg.substitute), tokens
 
     def _insert(self, view: BlockView, edit: EditView) -> Gaps:
-        """Masks where tokens are missing, net: in the gap of each group that misses most, and no
-        more than the block is expected to lack in all. A model that does not know which of two gaps
-        lacks a token expects half of one in either: both would be filled."""
+        """Masks where tokens are missing."""
         if "insert" not in self.cfg.operations or not edit.room:
             return Gaps()
-        net = net_missing(edit.missing, edit.delete, view.is_mask)
-        group = _groups(view)
-        order = np.lexsort((-edit.missing, group))
-        best = order[np.flatnonzero(np.diff(group[order], prepend=-1))]
-        lacking = max(1, int(np.floor(net[best].clip(min=0).sum() + 0.5)))
-        best = best[edit.insertable[best] & (net[best] >= self.cfg.insert)]
-        best = best[np.argsort(-net[best], kind="stable")]
-        counts = np.clip(np.floor(net[best] + 0.5), 1, self.cfg.max_insert).astype(np.intp)
-        counts = np.clip(lacking - (counts.cumsum() - counts), 0, counts)
-        best, counts = best[counts > 0], counts[counts > 0]
-        return Gaps(edit.gap_uids[best], counts)
-
-
-def _groups(view: BlockView) -> NDArray[np.intp]:
-    """[n+1] group of each gap, and of a mask in the gap before it: visible tokens on the left."""
-    return np.concatenate([[0], np.cumsum(~view.is_mask)])
+        counts = one_block(edit.missing, edit.delete, view.is_mask).insertions(
+            bar=self.cfg.insert, most=self.cfg.max_insert, open_=edit.insertable
+        )
+        gaps = np.flatnonzero(counts)
+        return Gaps(edit.gap_uids[gaps], counts[gaps])
 
 
 def build(cfg: AbfStrategy) -> Abf:

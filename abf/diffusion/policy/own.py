@@ -2,7 +2,8 @@
 
 A plain version of the sampler, all drafts at once and without a log: each step fills every MASK
 that is sure and half of the others with a token drawn from the model, replaces and deletes tokens
-where a gate says so, and inserts as many masks as are expected missing. No gradient.
+where a gate says so, and inserts as many masks as are needed (`abf.diffusion.policy.need`). No
+gradient.
 Source: notes/method.md §E4 (v); LLaDA 2.1 and 2.2 train on drafts of their own as well.
 
 Letters: B batch rows, K drafts, m slots of the longest, R slots of all, V vocabulary.
@@ -26,12 +27,14 @@ from abf.diffusion.corrupt.path import PathNoised
 from abf.diffusion.device import on_its_device
 from abf.diffusion.layout import block_reads, two_stream
 from abf.diffusion.needed import Layers, read_states
-from abf.diffusion.path.bound import gap_groups, group_sums
-from abf.diffusion.policy.gates import read_gates
+from abf.diffusion.policy.gates import Gates, read_gates
+from abf.diffusion.policy.need import Places
 from abf.diffusion.rng import uniform
 
 SURE = 0.9
 """Probability from which a MASK is filled whatever the others are."""
+BAR = 0.5
+"""Probability of a gate, and need of a group, from which it is acted upon."""
 MOST = 4
 """Masks inserted in a gap at a step, at most."""
 _TOKEN, _FILL = 40, 41
@@ -106,8 +109,8 @@ def _step(
     exists = np.arange(m) < drafts.slots[:, None]
     is_mask = (drafts.text == model.mask_id) & exists
     gates = read_gates(edits, torch.as_tensor(is_mask))
-    remove = exists & (gates.delete.exp() >= 0.5).cpu().numpy()
-    revise = exists & (gates.revise.exp() >= 0.5).cpu().numpy()
+    revise = exists & (gates.revise.exp() >= BAR).cpu().numpy()
+    remove, wanted = needed(gates, is_mask, drafts.slots)
 
     block, slot = reads.block.cpu().numpy(), reads.slot.cpu().numpy()
     spread = [np.asarray(key)[block] if np.ndim(key) else key for key in keys]
@@ -119,17 +122,6 @@ def _step(
     changed = revise | (is_mask & (confident | (chance < 0.5)))
     text = np.where(changed, token, drafts.text)
 
-    # Masks go where a group ends, as many as the group is expected to lack and there is room for.
-    visible = torch.as_tensor(exists & ~is_mask)
-    groups = gap_groups(visible)
-    gaps = torch.as_tensor(np.arange(m + 1) <= drafts.slots[:, None])
-    expected = group_sums(gates.missing, groups, gaps)
-    last = np.concatenate([exists & ~is_mask, np.zeros((K, 1), dtype=bool)], axis=1)
-    last[np.arange(K), drafts.slots] = True  # the gap before a visible token, or before the end
-    wanted = np.where(last, np.rint(expected.gather(1, groups).float().cpu().numpy()), 0).astype(
-        int
-    )
-    wanted = np.clip(wanted, 0, MOST)
     kept = (exists & ~remove).sum(axis=1)
     room = np.maximum(model.max_block - kept, 0)[:, None]
     wanted = np.clip(room - (wanted.cumsum(axis=1) - wanted), 0, wanted)
@@ -145,6 +137,29 @@ def _step(
         np.concatenate([present, there[:, m]], axis=1),
         empty=model.mask_id,
     )
+
+
+def needed(
+    gates: Gates, is_mask: NDArray[np.bool_], slots: NDArray[np.int64]
+) -> tuple[NDArray[np.bool_], NDArray[np.intp]]:
+    """What the sampler would do: slots to take out [K, m], masks to put into each gap [K, m+1].
+
+    Args:
+        gates: of the drafts; what they say behind a draft's end is not looked at.
+        is_mask: [K, m]
+        slots: [K] slots of each draft.
+    """
+    K, m = is_mask.shape
+    place = np.arange(m + 1)
+    there, is_end = place <= slots[:, None], place == slots[:, None]
+    missing, delete = gates.missing.float().cpu().numpy(), gates.delete.exp().float().cpu().numpy()
+    delete, is_mask = (np.pad(values, ((0, 0), (0, 1))) for values in (delete, is_mask))
+    delete = np.where(is_end, 0.0, delete)
+    places = Places(missing[there], delete[there], is_mask[there], is_end[there])
+    remove, insert = np.zeros((K, m + 1), dtype=bool), np.zeros((K, m + 1), dtype=np.intp)
+    remove[there] = places.deletions(bar=BAR)
+    insert[there] = places.insertions(bar=BAR, most=MOST)
+    return remove[:, :m], insert
 
 
 def _draw(

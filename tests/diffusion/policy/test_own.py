@@ -62,13 +62,25 @@ def test_masks_are_filled_half_of_them_at_a_step() -> None:
     assert 0.25 < np.mean(np.array(held) == V) < 0.75
 
 
-def test_what_is_to_be_deleted_goes() -> None:
-    _, after = written(decided(delete=20.0))
-    assert texts(after) == [[]] * len(after.drafts.row)
+def test_what_is_to_be_deleted_goes_but_not_all_of_a_block() -> None:
+    before, after = written(decided(delete=20.0))
+    assert {len(text) for text in texts(after)} == {1}
+    assert max(map(len, texts(before))) > 1
     # What is left of a row is laid out as ever: each block, and its end.
     for k, (row, first) in enumerate(zip(after.drafts.row, after.drafts.first, strict=True)):
-        assert after.noisy_ids[row, first] == V + 1
+        assert after.noisy_ids[row, first + 1] == V + 1
         assert after.block_start[row, first] == after.drafts.start[k]
+
+
+def test_masks_that_could_stand_for_what_is_missing_count_for_it() -> None:
+    """Each mask is as likely one too many as not, so a group that misses a little more gets more,
+    and loses none."""
+    model = decided(delete=0.0, missing=float(np.log(np.expm1(0.6))))
+    before, after = written(model)
+    for old, new in zip(texts(before), texts(after), strict=True):
+        n = len(old)
+        need = 0.6 * (n + 1) - 0.5 * n
+        assert len(new) == min(n + min(int(need + 0.5), MOST), model.max_block)
 
 
 def test_masks_are_inserted_as_expected_missing_and_while_there_is_room() -> None:
