@@ -12,7 +12,8 @@ breaks this is at fault. Beyond that an action is done as far as these rules let
 - a text that the block has been before locks what moved since, and nothing is inserted any more:
   with the cap on substitutions this ends every block (not: timed);
 - at the step cap everything left is filled and the block counts as forced.
-Slots behind a locked document token no longer count: they are neither shown nor delivered.
+Slots behind a locked document token no longer count: they are neither shown nor delivered. Behind
+one that is not locked they are edited as ever, for it may still go (docs/decisions.md).
 
 Letters: n live slots of the block, w writes.
 """
