@@ -19,7 +19,7 @@ Threads = Annotated[int, Field(ge=1, le=256)]
 
 
 class ConfigModel(BaseModel):
-    """Immutable settings; a misspelt key is an error. `abf.config.validate` reads them strictly."""
+    """Immutable settings; a misspelt key is an error. `abf.checked.validate` reads strictly."""
 
     model_config = ConfigDict(
         frozen=True,

@@ -1,20 +1,14 @@
-"""RunConfig: the rooms' settings composed; loading, checking with errors a person can act on."""
+"""RunConfig: the rooms' settings composed, and what must fit between them."""
 
 from __future__ import annotations
 
-import difflib
-import json
-import re
-import types
-import typing
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, TypeVar, Union
+from typing import Annotated
 
-import yaml
-from pydantic import Field, ValidationError
+from pydantic import Field
 
 from abf.base import ConfigModel, Seed
+from abf.checked import in_file, read_yaml, validate
 from abf.cluster.config import BudgetConfig, LaunchConfig
 from abf.data.config import (
     PackConfig,
@@ -36,8 +30,6 @@ from abf.eval.config import ContinuationTask, LikelihoodTask, ListsTask, Scoring
 from abf.report.config import ReportConfig
 from abf.segment.config import Segmenter, SentenceSegmenter
 from abf.train.config import Base, PretrainedBase, TrainConfig
-
-T = TypeVar("T", bound=ConfigModel)
 
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_]*$", max_length=40)]
 """Names appear in paths: small letters, digits and underscores."""
@@ -236,138 +228,9 @@ class RunConfig(ConfigModel):
                 )
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML whose keys are text and stand once (of two, the first would silently lose)."""
-
-    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
-        node = super().compose_mapping_node(anchor)
-        lines: dict[str, int] = {}
-        for key, _ in node.value:
-            place = f"{key.start_mark.name}:{key.start_mark.line + 1}"
-            if key.tag == MERGE:
-                continue
-            if key.tag != TEXT:
-                shown = key.value if isinstance(key, yaml.ScalarNode) else f"a {key.id}"
-                raise ConfigError(f"{place}: a key must be text, not {shown}; put it in quotes")
-            if key.value in lines:
-                raise ConfigError(
-                    f"{place}: key {key.value!r} was already given on line {lines[key.value]}"
-                )
-            lines[key.value] = key.start_mark.line + 1
-        return node
-
-
-MERGE, TEXT = "tag:yaml.org,2002:merge", yaml.resolver.BaseResolver.DEFAULT_SCALAR_TAG
-# YAML 1.1, which PyYAML reads, takes 1e-3 for text; everybody means the number.
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"),
-    list("-+0123456789"),
-)
-
-
-def read_yaml(path: Path) -> dict[str, Any]:
-    """A YAML file that holds a mapping.
-
-    Raises:
-        ConfigError: missing, not YAML, a key given twice or no text, or not a mapping.
-    """
-    try:
-        loader = _Loader(path.read_bytes().decode("utf-8"))
-        loader.name = str(path)
-        node = loader.get_single_node()
-        value = {} if node is None else loader.construct_object(node, deep=True)
-    except FileNotFoundError:
-        raise ConfigError(f"{path} does not exist") from None
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{path} is not UTF-8: byte {error.start}") from None
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise ConfigError(f"{path} is not YAML: {error}") from None
-    if not isinstance(value, dict):
-        raise ConfigError(f"{path} must hold a mapping of keys, not a {type(value).__name__}")
-    return value
-
-
-def validate(model: type[T], value: Mapping[str, Any], origin: str) -> T:
-    """Check a mapping against a config class, strictly: "3" and true are no numbers.
-
-    JSON is pydantic's strict form that still takes lists for tuples, and text for paths and dates.
-
-    Raises:
-        ConfigError: one line a fault: origin, key path, value, what is allowed.
-    """
-    try:
-        return model.model_validate_json(json.dumps(value, default=str), strict=True)
-    except ValidationError as error:
-        lines = [_explain(model, fault) for fault in error.errors()]
-        raise ConfigError("\n".join(f"{origin}: {line}" for line in lines)) from None
-
-
 def load(path: Path) -> RunConfig:
     """A run's YAML file; what it leaves out has the defaults of config/config.yaml."""
-    return validate(RunConfig, read_yaml(path), str(path))
-
-
-def _explain(model: type[ConfigModel], fault: Mapping[str, Any]) -> str:
-    """One pydantic fault as `key.path: what is wrong; what is allowed`."""
-    location, kind, value = fault["loc"], fault["type"], fault["input"]
-    path = _path(model, location)
-    if kind == "extra_forbidden":
-        known = sorted(_fields(model, location[:-1]))
-        close = difflib.get_close_matches(str(location[-1]), known, n=1)
-        hint = f"; did you mean {close[0]!r}?" if close else ""
-        return f"{path}: unknown key (value {value!r}){hint} Allowed: {', '.join(known)}"
-    if kind == "union_tag_invalid":
-        context = fault["ctx"]
-        return f"{path}.kind: {context['tag']!r} is not one of {context['expected_tags']}"
-    if kind == "union_tag_not_found":
-        return f"{path}.kind: missing; it says which variant is meant"
-    message = fault["msg"].removeprefix("Value error, ")
-    shown = "" if isinstance(value, dict | ConfigModel) else f" (value {value!r})"
-    return f"{path}: {message}{shown}" if path else message
-
-
-def members(annotation: Any) -> list[Any]:
-    """Types an annotation admits: unions and `Annotated` unfolded."""
-    origin = typing.get_origin(annotation)
-    if origin is Annotated:
-        return members(typing.get_args(annotation)[0])
-    if origin in (Union, types.UnionType):
-        return [m for arg in typing.get_args(annotation) for m in members(arg)]
-    return [annotation]
-
-
-def _kind(member: Any) -> str | None:
-    fields = getattr(member, "model_fields", {})
-    return fields["kind"].default if "kind" in fields else None
-
-
-def _walk(model: type[ConfigModel], location: tuple[Any, ...]) -> tuple[list[str], list[Any]]:
-    """Key path a person would type (union tags left out), and the types found there."""
-    here: list[Any] = [model]
-    path: list[str] = []
-    for step in location:
-        tagged = [m for m in here if isinstance(step, str) and _kind(m) == step]
-        if tagged:
-            here = tagged
-            continue
-        path.append(f"[{step}]" if isinstance(step, int) else str(step))
-        found: list[Any] = []
-        for member in here:
-            if step in getattr(member, "model_fields", {}):
-                found += members(member.model_fields[step].annotation)
-            elif typing.get_origin(member) is dict:
-                found += members(typing.get_args(member)[1])
-            elif typing.get_origin(member) in (tuple, list):
-                found += members(typing.get_args(member)[0])
-        here = found
-    return path, here
-
-
-def _path(model: type[ConfigModel], location: tuple[Any, ...]) -> str:
-    return ".".join(_walk(model, location)[0]).replace(".[", "[")
-
-
-def _fields(model: type[ConfigModel], location: tuple[Any, ...]) -> set[str]:
-    _, found = _walk(model, location)
-    return {name for member in found for name in getattr(member, "model_fields", {})}
+    settings = read_yaml(path)
+    if not settings:
+        raise ConfigError(f"{path} is empty: name the study at least, `study: NAME`")
+    return validate(RunConfig, settings, in_file(path))

@@ -16,6 +16,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from abf.artifacts import read_plans
+from abf.checked import read_yaml
 from abf.cluster import checks, funds, slurm
 from abf.cluster.checks import Finding, Level, fail, ok, warn
 from abf.cluster.config import LaunchConfig, SiteConfig
@@ -23,7 +24,6 @@ from abf.cluster.disks import disks
 from abf.cluster.limits import Limits, read_usage, store_limits
 from abf.cluster.probe import accepted, debug_job
 from abf.cluster.saldo import read_saldo
-from abf.config import read_yaml
 from abf.errors import AbfError, ArtifactError, ClusterError, ConfigError, os_fault
 from abf.grid import load_study
 from abf.instance import Instance, origin, trainings

@@ -7,6 +7,7 @@ runs is readable from the base and the grid alone).
 from __future__ import annotations
 
 import copy
+import difflib
 import itertools
 import json
 import re
@@ -18,7 +19,8 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from abf.base import ConfigModel, Seed
-from abf.config import LONGEST_ARM, ArmName, Name, RunConfig, load, read_yaml, validate
+from abf.checked import Where, find, in_file, read_yaml, validate
+from abf.config import LONGEST_ARM, ArmName, Name, RunConfig, load
 from abf.errors import ConfigError
 
 Overrides = dict[str, Any]
@@ -83,20 +85,24 @@ def load_study(path: Path) -> Study:
     """
     raw = read_yaml(path)
     if not isinstance(raw.get("base"), str):
+        _check_run(path, raw)
         config = load(path)
         return Study(config.study, path, (Cell(f"{config.arm}-s{config.seed}", config),))
-    spec = validate(GridSpec, raw, str(path))
+    spec = validate(GridSpec, raw, in_file(path))
     base = (path.parent / spec.base).resolve()
-    document = read_yaml(base)
+    document = _read(base, in_file(path)(("base",)), f"base: {spec.base}", path)
+    if isinstance(document.get("base"), str) or GRID & document.keys():
+        place = in_file(path)(("base",))
+        raise ConfigError(f"{place}: base: {spec.base} is a grid itself; name the file of a run")
     cells = []
-    arms = {arm: _with_recipe(overrides, path) for arm, overrides in spec.arms.items()}
+    arms = {arm: _with_recipe(overrides, arm, path) for arm, overrides in spec.arms.items()}
     for arm, name, values in _combinations(spec, path):
         changes = [*arms[arm].items(), *values.items()]
-        cell = _apply(document, changes, f"{path}: arm {name!r}")
+        cell = _apply(document, changes, f"{in_file(path)(('arms', arm))}: arm {name!r}")
+        where = _where(path, spec, arm, name, base)
         for seed in spec.seeds:
             stated = {**cell, "study": spec.study, "arm": name, "seed": seed}
-            config = validate(RunConfig, stated, f"{path}: arm {name!r} over {spec.base}")
-            cells.append(Cell(f"{name}-s{seed}", config))
+            cells.append(Cell(f"{name}-s{seed}", validate(RunConfig, stated, where)))
     if not cells:
         raise ConfigError(f"{path}: `exclude` leaves no cell")
     names = [cell.name for cell in cells]
@@ -108,26 +114,84 @@ def load_study(path: Path) -> Study:
     return Study(spec.study, path, tuple(cells))
 
 
-def _with_recipe(overrides: Overrides, path: Path) -> Overrides:
+GRID = {"arms", "axes", "seeds", "exclude"}
+"""Keys that a grid has and a run has not."""
+
+
+def _check_run(path: Path, raw: Mapping[str, Any]) -> None:
+    """Refuse a grid without a base, and a recipe that no arm names."""
+    where = in_file(path)
+    for key in (key for key in raw if key in GRID):
+        base = f", not {raw['base']!r}" if "base" in raw else ""
+        raise ConfigError(
+            f"{where((key,))}: {key}: only a grid has this key, and a grid names the run that its "
+            f"cells start from: add `base: RUN.yaml`{base}, or take {key!r} out"
+        )
+    if "recipe" in raw:
+        raise ConfigError(
+            f"{where(('recipe',))}: recipe: {raw['recipe']!r} belongs to an arm of a grid, and "
+            "this is the file of a run: write a grid with `study: NAME`, `base: THIS_FILE.yaml` "
+            f"and `arms: {{NAME: {{recipe: {raw['recipe']}}}}}`"
+        )
+
+
+def _read(file: Path, place: str, said: str, path: Path) -> dict[str, Any]:
+    """A file that a grid names."""
+    if not file.is_file():
+        raise ConfigError(
+            f"{place}: {said}: {file} does not exist; name it relative to the folder of {path}"
+        )
+    return read_yaml(file)
+
+
+def _where(path: Path, spec: GridSpec, arm: str, name: str, base: Path) -> Where:
+    """Where a key of a cell was written: at an axis, the arm, its recipe, or in the base."""
+    recipe = spec.arms[arm].get("recipe")
+    places = [(path, ("axes",)), (path, ("arms", arm))]
+    if recipe:
+        places.append(((path.parent / recipe).resolve(), ()))
+
+    def where(keys: tuple[str | int, ...]) -> str:
+        cell = f"arm {name!r} over {spec.base}"
+        for file, below in [*places, (base, ())]:
+            depth, line = find(file, keys, below=below)
+            if depth:
+                of = "" if file == path else f" of {path}"
+                return f"{file}:{line}: {cell}{of}"
+        return f"{path}:{find(path, ('arms', arm))[1] or 1}: {cell}"
+
+    return where
+
+
+def _with_recipe(overrides: Overrides, arm: str, path: Path) -> Overrides:
     """Overrides of an arm, those of its recipe before its own."""
+    for key in set(overrides) - set(RunConfig.model_fields) - {"recipe"}:
+        if difflib.get_close_matches(key, ["recipe"]):
+            place = in_file(path)(("arms", arm, key))
+            raise ConfigError(f"{place}: arms.{arm}.{key}: unknown key; did you mean 'recipe'?")
     named = overrides.get("recipe")
     if named is None:
         return overrides
+    place = in_file(path)(("arms", arm, "recipe"))
     if not isinstance(named, str):
-        raise ConfigError(f"{path}: recipe: {named!r} is no file name")
-    recipe = read_yaml((path.parent / named).resolve())
+        raise ConfigError(f"{place}: recipe: {named!r} is no file name; write `recipe: FILE.yaml`")
+    recipe = _read((path.parent / named).resolve(), place, f"recipe: {named}", path)
     return recipe | {key: value for key, value in overrides.items() if key != "recipe"}
 
 
 def _combinations(spec: GridSpec, path: Path) -> Iterator[tuple[str, str, Overrides]]:
     """Arm, name with the axis values, and axis values of every combination that is run."""
     known = ["arm", *spec.axes]
-    for rule in spec.exclude:
+    for number, rule in enumerate(spec.exclude):
         if unknown := sorted(set(rule) - set(known)):
             raise ConfigError(
-                f"{path}: exclude: {', '.join(unknown)} is no axis; allowed: {', '.join(known)}"
+                f"{in_file(path)(('exclude', number))}: exclude: {', '.join(unknown)} is no axis; "
+                f"allowed: {', '.join(known)}"
             )
-    axes = [_named(key, values, f"{path}: axes.{key}") for key, values in spec.axes.items()]
+    axes = [
+        _named(key, values, f"{in_file(path)(('axes', key))}: axes.{key}")
+        for key, values in spec.axes.items()
+    ]
     for arm, combination in itertools.product(spec.arms, itertools.product(*axes)):
         values = {key: value for key, value, _ in combination}
         here = {"arm": arm, **values}

@@ -11,7 +11,8 @@ from typing import Any
 import yaml
 
 from abf.base import ConfigModel
-from abf.config import RunConfig, members
+from abf.checked import members
+from abf.config import RunConfig
 from abf.errors import ConfigError
 from abf.files import write_text
 

@@ -6,8 +6,8 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
+from abf.checked import in_file, read_yaml, validate
 from abf.cluster.config import NodeConfig, SiteConfig, StorageConfig
-from abf.config import read_yaml, validate
 from abf.errors import ConfigError
 
 
@@ -52,4 +52,4 @@ def load_site(environment: Mapping[str, str] = os.environ) -> SiteConfig:
     settings = read_yaml(path) if path.exists() else {}
     if account:
         settings["account"] = account
-    return validate(SiteConfig, settings, str(path))
+    return validate(SiteConfig, settings, in_file(path) if path.exists() else str(path))

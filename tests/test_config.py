@@ -8,6 +8,7 @@ import pytest
 
 from abf.config import RunConfig, load
 from abf.errors import ConfigError
+from abf.grid import load_study
 from abf.reference import check_reference, reference_yaml
 
 ROOT = Path(__file__).parents[1]
@@ -130,6 +131,71 @@ def test_faults_name_path_value_and_choices(fault, text: str, parts: list[str]) 
     message = fault(text)
     for part in parts:
         assert part in message
+
+
+@pytest.mark.parametrize(
+    ("text", "line", "said"),
+    [
+        (
+            "study: x\ntrain:\n\ttokens: 1",
+            3,
+            "is not YAML ('tokens: 1'): a tab; indent",
+        ),
+        ("train:\n  tokens: 1\n batch_rows: 2", 3, "give the keys of one mapping the same indent"),
+        ("train:\n  tokens: 1\n    batch_rows: 2", 3, "a second `: ` behind a value; indent the"),
+        ("study: a: b", 1, "put text that holds `: ` in quotes"),
+        ("train: {tokens: 1\nseed: 3", 2, "the bracket opened on line 1 is not closed"),
+        ("seed: 3\nstudy: 'x\n", 3, "the quote opened on line 2 is not closed"),
+        ("seed: 3\nstudy\n", 3, "a key without `:`"),
+        ("seed: 1\nseed: 2", 2, "keep one of the two"),
+        (
+            "study: x\nrecipe: r.yaml",
+            2,
+            "recipe: 'r.yaml' belongs to an arm of a grid, and this is the file of a run: write a "
+            "grid with `study: NAME`, `base: THIS_FILE.yaml` and "
+            "`arms: {NAME: {recipe: r.yaml}}`",
+        ),
+        ("study: x\narms: {a: {}}", 2, "arms: only a grid has this key, and a grid names the run"),
+        ("base: [r.yaml]\nseeds: [1]", 2, "add `base: RUN.yaml`, not ['r.yaml'], or take 'seeds'"),
+        ("\n\ntrain.tokens: 3", 3, "a dotted path belongs to an arm or axis of a grid"),
+        ("train:\n  - tokens: 1", 1, "train: must be a mapping (`key: value` lines), not a list"),
+        ("sources: {kind: stdlib}", 1, "sources: must be a list (`[...]`, or lines that begin"),
+        ("seed: 1\ntrain:\n", 2, "train: has no value; write one behind the colon, or leave"),
+        ("sources:\n- kind: stdlib\n- kind: local\n  path: ''", 4, "sources[1].path: "),
+        ("train:\n  optim:\n    lrr: 1", 3, "(value 1); did you mean 'lr'? Allowed: betas, "),
+        ("train:\n  optim:\n    zzz: 1", 3, "unknown key (value 1). Allowed: betas, "),
+        ("seed: 0\nsegmenter: {kind: sentense}", 2, "; did you mean 'sentence'?"),
+        ("seed: 0\nsegmenter:\n  length: 3", 2, "which variant is meant: fixed, line, random, s"),
+        ("study: No Blanks", 1, "small letters and digits, no blanks (value 'No Blanks')"),
+        ("\n\npack:\n  max_block: 64\n  row_length: 32", 4, "pack.max_block=64 does not fit"),
+        ("decoders:\n  d:\n    strategy: {kind: threshold}", 2, "as in `extent: {kind: length"),
+    ],
+)
+def test_a_fault_is_one_line_that_begins_with_file_and_line(
+    tmp_path: Path, text: str, line: int, said: str
+) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError) as caught:
+        load_study(path)
+    message = str(caught.value)
+    assert "\n" not in message
+    assert message.startswith(f"{path}:{line}: ")
+    assert said in message
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [("", "is empty: name the study at least"), ("# x\n", "is empty"), ("study:x", "with a blank")],
+)
+def test_a_file_without_keys_is_refused(fault, text: str, said: str) -> None:
+    assert said in fault(text)
+
+
+def test_every_fault_of_a_file_has_its_own_line(fault, tmp_path: Path) -> None:
+    lines = fault("study: No\nseed: -1\ntrain:\n  optim: {lr: fast}").splitlines()
+    path = tmp_path / "run.yaml"
+    assert [line.split(": ")[0] for line in lines] == [f"{path}:{n}" for n in (1, 2, 4)]
 
 
 def test_merge_keys_and_numbers_with_an_exponent(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from abf.config import members
+from abf.checked import members
 from abf.data.config import Source, Tokenizer
 from abf.decode.config import Extent, Strategy
 from abf.diffusion.config import Corruption

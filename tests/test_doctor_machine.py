@@ -10,10 +10,10 @@ import pytest
 import yaml
 
 from abf import doctor
+from abf.checked import validate
 from abf.cluster import disks
 from abf.cluster.checks import Finding
 from abf.cluster.config import AllocationConfig, NodeConfig, SiteConfig, StorageConfig
-from abf.config import validate
 from abf.grid import load_study
 from abf.plan import Plan
 from abf.profile import link_profile

@@ -35,7 +35,7 @@ def refused(folder: Path, grid: str) -> str:
 )
 def test_what_the_grid_sets_itself_is_no_axis(tmp_path: Path, grid: str, parts: list[str]) -> None:
     message = refused(tmp_path, grid)
-    for part in ["grid.yaml: ", *parts]:
+    for part in ["grid.yaml:3: ", *parts]:
         assert part in message
 
 
@@ -129,3 +129,58 @@ def test_faults_say_what_is_wrong_with_the_axis(
     message = refused(tmp_path, grid)
     for part in parts:
         assert part in message
+
+
+@pytest.mark.parametrize(
+    ("grid", "place", "said"),
+    [
+        ("arms:\n  a:\n    train.optim.lrr: 1", "grid.yaml:5", "did you mean 'lr'?"),
+        ("arms:\n  a:\n    train.optim: {lr: fast}", "grid.yaml:5", "train.optim.lr: Input"),
+        ("arms:\n  a:\n    train.optim:\n      lr: fast", "grid.yaml:6", "train.optim.lr: "),
+        ("axes:\n  seed: [1]\n  train.tokens: [10]", "grid.yaml:4", "axes.seed: the grid sets"),
+        ("axes:\n  train.micro_rows: [2]\n  train.tokens: [ten]", "grid.yaml:5", "value 'ten'"),
+        ("axes:\n  train.tokens: [10, 10]", "grid.yaml:4", "named '10'"),
+        ("arms:\n  a: {recipe: recipe.yaml}", "recipe.yaml:3", "train.tokens: Input should be"),
+        ("arms:\n  a:\n    recipie: recipe.yaml", "grid.yaml:5", "did you mean 'recipe'?"),
+        (
+            "arms:\n  a:\n    recipe: nowhere.yaml",
+            "grid.yaml:5",
+            "does not exist; name it relative",
+        ),
+        ("arms:\n  a:\n    recipe: [recipe.yaml]", "grid.yaml:5", "write `recipe: FILE.yaml`"),
+        ("arms:\n  a: {decoders.ar.sampler.top_p: 2}", "run.yaml:4", "decoders.ar.strategy"),
+        ("exclude:\n- {arm: main}\n- {x: 1}", "grid.yaml:5", "x is no axis"),
+        ("arms:\n- a", "grid.yaml:3", "arms: must be a mapping"),
+        ("seeds: 3", "grid.yaml:3", "seeds: must be a list"),
+        ("arm: {a: {}}", "grid.yaml:3", "did you mean 'arms'?"),
+    ],
+)
+def test_a_fault_of_a_cell_is_told_where_it_was_written(
+    tmp_path: Path, grid: str, place: str, said: str
+) -> None:
+    """At the axis, the arm, the recipe or the base, whichever said it."""
+    (tmp_path / "recipe.yaml").write_text("train.batch_rows: 4\n\ntrain.tokens: none\n")
+    (tmp_path / "run.yaml").write_text("study: x\nseed: 1\ntrain:\n  tokens: 5\n")
+    if place.startswith("run"):
+        (tmp_path / "run.yaml").write_text("seed: 1\ndecoders:\n  ar:\n    strategy: {kind: arr}\n")
+    (tmp_path / "grid.yaml").write_text(GRID + grid)
+    with pytest.raises(ConfigError) as caught:
+        load_study(tmp_path / "grid.yaml")
+    message = str(caught.value)
+    assert message.splitlines()[0].startswith(f"{tmp_path / place}: ")
+    assert said in message
+
+
+@pytest.mark.parametrize(
+    ("base", "said"),
+    [
+        ("nowhere.yaml", "does not exist; name it relative"),
+        ("grid.yaml", "grid.yaml is a grid itself; name the file of a run"),
+    ],
+)
+def test_a_base_that_is_no_run_is_refused(tmp_path: Path, base: str, said: str) -> None:
+    (tmp_path / "grid.yaml").write_text(f"study: x\nbase: {base}\narms: {{a: {{}}}}\n")
+    with pytest.raises(ConfigError) as caught:
+        load_study(tmp_path / "grid.yaml")
+    assert str(caught.value).startswith(f"{tmp_path / 'grid.yaml'}:2: base: ")
+    assert said in str(caught.value)

@@ -192,8 +192,9 @@ class DecoderConfig(ConfigModel):
             )
         if (self.strategy.kind == "ar") != (self.extent is None):
             raise ValueError(
-                "strategy `ar` takes no extent; every other strategy needs one "
-                f"(strategy.kind={self.strategy.kind}, extent={self.extent})"
+                "strategy `ar` takes no extent; every other strategy needs one, as in "
+                f"`extent: {{kind: length_head}}` (strategy.kind={self.strategy.kind}, "
+                f"extent={self.extent})"
             )
 
     def trained_with(self, late: float) -> DecoderConfig:

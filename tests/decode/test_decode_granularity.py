@@ -12,7 +12,8 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from abf.config import RunConfig, validate
+from abf.checked import validate
+from abf.config import RunConfig
 from abf.decode.config import DecoderConfig, LengthHeadExtent, ThresholdStrategy
 from abf.decode.request import Prompt
 from abf.decode.trace import read_trace

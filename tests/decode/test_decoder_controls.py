@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from abf.base import build
-from abf.config import validate
+from abf.checked import validate
 from abf.data.tokenizer import Encoded
 from abf.decode.config import (
     AbfStrategy,

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from abf.base import build
-from abf.config import validate
+from abf.checked import validate
 from abf.decode.audit import audit
 from abf.decode.config import AbfStrategy, DecoderConfig, EarlierExtent
 from abf.decode.page import page

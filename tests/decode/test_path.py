@@ -17,7 +17,7 @@ import torch
 from pydantic import ValidationError
 
 from abf.base import build
-from abf.config import validate
+from abf.checked import validate
 from abf.decode.config import (
     DecoderConfig,
     FixedExtent,

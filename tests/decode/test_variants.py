@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from abf.base import ConfigModel, build
-from abf.config import members
+from abf.checked import members
 from abf.decode.config import Extent, SamplerConfig, Strategy
 from abf.decode.replay import replay
 from abf.decode.trace import read_trace

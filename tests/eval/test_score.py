@@ -9,7 +9,7 @@ import pytest
 
 from abf.artifacts import DOCUMENT_SCORES, SCORES, read_table
 from abf.base import build
-from abf.config import members
+from abf.checked import members
 from abf.eval.config import GENERATIVE_KINDS, LikelihoodTask, ScoringConfig, Task
 from abf.eval.score import score
 from abf.train.config import ArObjective, BlockObjective, Objective
