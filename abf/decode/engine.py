@@ -106,7 +106,7 @@ class Engine:
         self, prompts: Sequence[Prompt], *, new_tokens: int, trace: TraceWriter
     ) -> list[Sample]:
         """Continue every prompt, side by side; samples in the order of the prompts."""
-        self._check(prompts, new_tokens)
+        self.check(prompts, new_tokens)
         if not prompts:
             return []
         # One context around the whole run: it keeps the cast weights between forward passes.
@@ -136,7 +136,12 @@ class Engine:
                     batch.keep([row for row, leaves in enumerate(over) if not leaves])
         return [done[prompt.request] for prompt in prompts]
 
-    def _check(self, prompts: Sequence[Prompt], new_tokens: int) -> None:
+    def check(self, prompts: Sequence[Prompt], new_tokens: int) -> None:
+        """Refuse prompts that cannot be continued.
+
+        Raises:
+            ConfigError: too few blocks to open with, or more tokens than the model has positions.
+        """
         limit, back = self.model.config.max_positions, self.extent.back
         for prompt in prompts:
             if len(prompt.block_length) < back:
@@ -149,7 +154,8 @@ class Engine:
             if slots > limit:
                 raise ConfigError(
                     f"prompt {prompt.prompt_id!r}: 1 + {len(prompt.token_ids)} prompt tokens + "
-                    f"{new_tokens} new tokens = {slots}, but the model has {limit} positions"
+                    f"{new_tokens} new tokens = {slots}, but the model has {limit} positions "
+                    f"({self.model.config.positions}): lower new_tokens, or show less of the text"
                 )
 
     def _prefill(self, prompts: Sequence[Prompt], new_tokens: int, trace: TraceWriter) -> Batch:

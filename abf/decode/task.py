@@ -157,8 +157,8 @@ def decode(
 
     Raises:
         ConfigError: the strategy needs edit heads and the model has none, or the AR view of a model
-            whose clean stream saw ahead; or the granularity is not one that the model was trained
-            with.
+            whose clean stream saw ahead; the granularity is not one that the model was trained
+            with; or a prompt and its new tokens are more than the model has positions.
     """
     if cfg.strategy.kind == "ar" and clean_stream == "block_causal":
         raise ConfigError(
@@ -196,6 +196,7 @@ def decode(
         precision=cfg.precision,
         clean_stream=clean_stream,
     )
+    engine.check(prompts, new_tokens)  # of the last batch as well, before the first one decodes
     samples: list[Sample] = []
     with Progress(label, len(prompts), unit="prompt") as progress:
         for start in range(0, len(prompts), cfg.batch_size):

@@ -165,7 +165,8 @@ class Transformer(nn.Module):
             x = x + _rows_or_zero(self.granularity_input, granularity)
         if self.position_embedding is not None:
             # Texts fit the table (the engine and the training step refuse others); what is clamped
-            # is padding, and of a draft longer than its block the slots behind the last position.
+            # is padding, the end of a block that ends at the last position, and of a draft longer
+            # than its block the slots behind that: in training and decoding alike.
             x = x + self.position_embedding(positions.clamp(max=self.config.max_positions - 1))
         cos, sin = rotation(positions, self.rope, stretch=rope_stretch(self.config))
         if is_counted() and isinstance(attend, RangeAttend):

@@ -13,6 +13,7 @@ import torch
 from abf.base import build
 from abf.decode.batch import MixedAttend
 from abf.decode.config import (
+    AbfStrategy,
     ArStrategy,
     DecoderConfig,
     FixedExtent,
@@ -28,7 +29,11 @@ from abf.model.huggingface import load_hf
 from abf.model.store import with_edit_heads
 from abf.model.transformer import Transformer
 from tests.decode.runs import AR, block_config, run, tokens
-from tests.decode.tiny import V, tiny_decode, tiny_engine, tiny_model, tiny_prompts
+from tests.decode.tiny import V, edit_model, tiny_decode, tiny_engine, tiny_model, tiny_prompts
+
+EDITS = DecoderConfig(
+    strategy=AbfStrategy(), extent=FixedExtent(length=6), precision="fp32", batch_size=2
+)
 
 
 def test_greedy_ar_is_transformers_generate(tmp_path: Path) -> None:
@@ -274,9 +279,23 @@ def test_bf16_decodes(model: Transformer, tmp_path: Path) -> None:
     assert all(len(sample.token_ids) for sample in samples)
 
 
-def test_too_long_a_request_is_refused(model: Transformer, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"text-5.*15 prompt tokens \+ 145 new.*160 positions"):
-        run(tmp_path / "log", AR, model, tiny_prompts(), new_tokens=145)
+@pytest.mark.parametrize("positions", ["rotary", "learned"])
+def test_a_text_longer_than_the_positions_is_refused_before_any_is_decoded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, positions: str
+) -> None:
+    """Text-5 has 15 tokens: with 145 more and the document token it is one too long. It is in the
+    last of three batches; nothing is forwarded for the others."""
+    model = edit_model(model=tiny_model(positions=positions))
+    prompts = tiny_prompts()
+    monkeypatch.setattr(model, "hidden", lambda *args, **kwargs: pytest.fail("a forward pass"))
+    said = rf"text-5.*15 prompt tokens \+ 145 new.* = 161.*160 positions \({positions}\): lower new"
+    for cfg in (AR, block_config(0.5, batch_size=2), EDITS):
+        with pytest.raises(ConfigError, match=said):
+            run(tmp_path / "log", cfg, model, prompts, new_tokens=145)
+    monkeypatch.undo()
+    for cfg in (AR, EDITS):  # up to the last position; the end of the last block lies behind it
+        for sample in run(tmp_path / "log", cfg, model, prompts[4:], new_tokens=144):
+            assert sample.finished or len(sample.token_ids) == 144
 
 
 def test_unresolved_precision_is_refused(model: Transformer, tmp_path: Path) -> None:

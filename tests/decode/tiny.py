@@ -25,21 +25,14 @@ from abf.model.transformer import Transformer
 V, S = 97, 12
 
 
-def tiny_model(*, seed: int = 0, scale: float = 16.0) -> Transformer:
+def tiny_model(*, seed: int = 0, scale: float = 16.0, **changes: Any) -> Transformer:
     """Large weights make confident, varied text; the document token turns up in some of it."""
     torch.set_num_threads(1)
-    config = ModelConfig(
-        vocab_size=V,
-        d_model=32,
-        layers=2,
-        heads=4,
-        kv_heads=2,
-        head_dim=8,
-        d_ff=64,
-        max_block=S,
-        max_positions=160,
-        tie_embeddings=False,
-    )
+    shape: dict[str, Any] = {
+        "vocab_size": V, "d_model": 32, "layers": 2, "heads": 4, "kv_heads": 2, "head_dim": 8,
+        "d_ff": 64, "max_block": S, "max_positions": 160, "tie_embeddings": False,
+    }  # fmt: skip
+    config = ModelConfig(**(shape | changes))
     model = Transformer(config)
     model.initialise(torch.Generator().manual_seed(seed))
     with torch.no_grad():
