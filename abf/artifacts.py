@@ -239,7 +239,9 @@ def read_manifest(directory: Path, stage: str | None = None) -> dict[str, Any]:
     try:
         manifest = parse_document(path, path.read_bytes())
     except FileNotFoundError:
-        raise ArtifactError(f"{directory} is unfinished: it has no {MANIFEST}") from None
+        raise ArtifactError(
+            f"{directory} is unfinished: it has no {MANIFEST}; run its stage first"
+        ) from None
     except ValueError as error:
         raise ArtifactError(
             f"{path} is damaged ({error}): delete {directory} and run the same command again"

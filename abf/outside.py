@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
+from abf.checked import in_file, leading_keys
 from abf.config import RunConfig
 from abf.data.local import matching_files
 from abf.errors import ConfigError
@@ -23,7 +24,8 @@ def check_outside(study: Study) -> None:
         ConfigError: one line a fault: the study's file, key, value, and what is wrong.
     """
     faults = (fault for cell in study.cells for fault in _faults(cell.config))
-    if lines := [f"{study.path}: {fault}" for fault in dict.fromkeys(faults)]:
+    where = in_file(study.path)
+    if lines := [f"{where(leading_keys(fault))}: {fault}" for fault in dict.fromkeys(faults)]:
         raise ConfigError("\n".join(lines))
 
 
@@ -45,9 +47,10 @@ def _faults(cfg: RunConfig) -> Iterator[str]:
     except ValueError as error:
         yield f"base.checkpoint.path: {checkpoint.path!r}: {CHECKPOINT[0]} is not JSON ({error})"
         return
-    context = found.get("max_position_embeddings") if isinstance(found, dict) else None
-    if isinstance(context, int) and cfg.pack.row_length > context:
-        yield (
-            f"pack.row_length={cfg.pack.row_length} is longer than the context of "
-            f"{checkpoint.path!r} (max_position_embeddings={context}): lower it"
-        )
+    for key in ("max_position_embeddings", "n_positions"):
+        context = found.get(key) if isinstance(found, dict) else None
+        if isinstance(context, int) and cfg.pack.row_length > context:
+            yield (
+                f"pack.row_length={cfg.pack.row_length} is longer than the context of "
+                f"{checkpoint.path!r} ({key}={context}): lower it"
+            )

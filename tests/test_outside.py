@@ -53,7 +53,7 @@ def told(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest
 def test_local_files_that_are_not_there(told, tmp_path: Path) -> None:
     pattern = f"{tmp_path}/*.txt"
     assert told(LOCAL % pattern) == (
-        f"run.yaml: sources[0].path: no file matches {pattern!r}: correct it"
+        f"run.yaml:2: sources[0].path: no file matches {pattern!r}: correct it"
     )
     (tmp_path / "a.txt").write_text("text")
     (tmp_path / "run.yaml").write_text(LOCAL % pattern)
@@ -71,11 +71,16 @@ def test_a_checkpoint_that_is_none(told, checkpoint: Path) -> None:
     assert "'/nowhere' has no config.json and no tokenizer.json" in told(IMPORT % "/nowhere")
 
 
-def test_rows_longer_than_the_checkpoints_context(told, checkpoint: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("key", ["max_position_embeddings", "n_positions"])
+def test_rows_longer_than_the_checkpoints_context(
+    told, checkpoint: Path, tmp_path: Path, key: str
+) -> None:
+    """RoPE, and a table of positions."""
+    (checkpoint / "config.json").write_text(json.dumps({key: 512}))
     longer = IMPORT % checkpoint + "pack: {row_length: 513}\n"
     assert told(longer) == (
-        f"run.yaml: pack.row_length=513 is longer than the context of '{checkpoint}' "
-        "(max_position_embeddings=512): lower it"
+        f"run.yaml:5: pack.row_length=513 is longer than the context of '{checkpoint}' "
+        f"({key}=512): lower it"
     )
     (tmp_path / "run.yaml").write_text(longer.replace("513", "512"))
     assert main(["config", "run.yaml"]) == 0

@@ -87,12 +87,14 @@ def import_checkpoint(cfg: ImportedBase, out: Path) -> dict[str, int | float | s
         counts = _import_package(checkpoint, base, out)
     else:
         counts = _import_directory(checkpoint, base)
-    state = load_hf(base).state_dict()
-    counts["parameters"] = sum(
-        state[name].numel() for name in state if not name.startswith(OURS_ALONE)
-    )
-    counts["vocab_size"] = len(state["embedding.weight"])
     return counts
+
+
+def _sizes(directory: Path) -> dict[str, int | float | str]:
+    """Of a Hugging Face directory, which is refused if this model cannot hold it."""
+    state = load_hf(directory).state_dict()
+    ours = (state[name].numel() for name in state if not name.startswith(OURS_ALONE))
+    return {"parameters": sum(ours), "vocab_size": len(state["embedding.weight"])}
 
 
 def _import_package(
@@ -144,7 +146,7 @@ def _import_package(
             "licence": checkpoint.licence,
             "source_bytes": member.stat().st_size,
             "source_sha256": sha256(member),
-        }
+        } | _sizes(base)
 
 
 def _import_directory(checkpoint: DirectoryCheckpoint, base: Path) -> dict[str, int | float | str]:
@@ -155,12 +157,14 @@ def _import_directory(checkpoint: DirectoryCheckpoint, base: Path) -> dict[str, 
     files = [*weight_files(source), source / CONFIG, source / "tokenizer.json"]
     if not files[-1].exists():
         raise ArtifactError(f"{source} has no tokenizer.json")
+    counts = _sizes(source)  # before it is copied: a fault names the user's own folder
     optional = [source / name for name in (INDEX, *_TOKENIZER_FILES)]
     base.mkdir(parents=True)
     for file in files + [file for file in optional if file.exists()]:
         # Copied, not linked: a later change of the original must not change the artifact.
         shutil.copyfile(file, base / file.name)
-    return {"source": str(source), "source_bytes": sum(file.stat().st_size for file in files)}
+    size = sum(file.stat().st_size for file in files)
+    return {"source": str(source), "source_bytes": size} | counts
 
 
 def convert(

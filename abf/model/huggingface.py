@@ -66,11 +66,15 @@ def load_hf(directory: Path, *, max_block: int = 64, document_id: int | None = N
     weights: dict[str, Tensor] = {}
     for name in sorted(tensors.keys() | found.keys()):
         if name not in found:
-            raise ArtifactError(f"{directory} lacks tensor {name}")
+            raise ArtifactError(
+                f"{directory} lacks tensor {name}: a shard is missing, or its {CONFIG} is another "
+                "checkpoint's; copy the checkpoint again"
+            )
         if name not in tensors:
             raise ArtifactError(
                 f"{directory} holds tensor {name}, which {source.family.architecture} as described "
-                f"by its {CONFIG} has not"
+                f"by its {CONFIG} has not: give the {CONFIG} that it was saved with, or save it "
+                "again without adapters and other additions"
             )
         one, tensor = tensors[name], found.pop(name)
         sizes = [len(empty[ours]) for ours in one.ours]

@@ -304,12 +304,18 @@ class _Run:
     def _check_identity(self, found: checkpoint.Checkpoint, accept: Collection[str]) -> None:
         before, now = _flat(found.state["identity"]), _flat(self.identity)
         changed = differences(before, now)
-        refused = [phrase for phrase in changed if phrase.partition(":")[0] not in accept]
+        names = [phrase.partition(":")[0] for phrase in changed]
+        refused = [one for one, name in zip(changed, names, strict=True) if name not in accept]
         if refused:
             raise ResumeError(
                 f"{found.path} belongs to another run; different (checkpoint -> now): "
                 f"{'; '.join(refused)}. Restore these, accept each by `--accept KEY` to go on "
                 f"with it all the same, or delete {found.path.parent} to train from scratch"
+            )
+        if unknown := sorted(set(accept) - set(before) - set(now)):
+            raise ResumeError(
+                f"--accept {unknown[0]}: {found.path} has no such key; what differs: "
+                f"{', '.join(names) or 'nothing'}"
             )
         if changed:
             self.record.warn(

@@ -38,6 +38,15 @@ def checkpoint(tmp_path, source) -> Path:
     return path
 
 
+def test_a_fault_names_the_folder_that_the_user_gave(tmp_path, checkpoint):
+    edit_config(checkpoint, num_hidden_layers=2)
+    with pytest.raises(ArtifactError) as caught:
+        import_checkpoint(directory(checkpoint), tmp_path / "out")
+    assert str(caught.value).startswith(f"{checkpoint} holds tensor model.layers.2.")
+    assert "save it again without adapters" in str(caught.value)
+    assert not (tmp_path / "out" / "base").exists()
+
+
 def test_a_directory_is_copied_whole(tmp_path, checkpoint, source):
     counts = import_checkpoint(directory(checkpoint), tmp_path / "out")
     assert counts["parameters"] == sum(p.numel() for p in source.parameters())

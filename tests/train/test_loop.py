@@ -191,6 +191,8 @@ def test_a_changed_configuration_goes_on_when_each_key_is_accepted(
     assert "config.optim.lr: 0.001 -> 0.002. Restore these, accept each" in str(caught.value)
     assert "config.batch_rows" not in str(caught.value)
     accept = ["config.batch_rows", "config.optim.lr"]
+    with pytest.raises(ResumeError, match=r"--accept optim\.lr: .*no such key; what differs: c"):
+        tiny_train(tmp_path, changes, accept=[*accept, "optim.lr"])
     tiny_train(tmp_path, changes, accept=accept)
     told = "config.batch_rows: 4 -> 3; config.optim.lr: 0.001 -> 0.002"
     assert f"goes on after step 4 with what was accepted: {told}" in capsys.readouterr().err
