@@ -33,7 +33,7 @@ from abf.errors import ConfigError
 from abf.model.config import ModelConfig
 from abf.model.transformer import EDITS, Transformer
 from tests.decode.blocks import Driver, Scripted
-from tests.decode.test_abf import PlainLoop
+from tests.decode.test_abf import MASK, PlainLoop, view
 from tests.decode.tiny import edit_model, tiny_engine
 
 LATE, WRONG = 0.3, 0.6
@@ -188,6 +188,27 @@ def test_the_grid_is_kept_where_nothing_happens(tmp_path: Path) -> None:
     sample = driver.state.sample()
     assert sample.edits["SUBSTITUTE"] == 10
     assert (sample.forced_blocks, sample.stalled_blocks, sample.oscillating_blocks) == (0, 0, 0)
+
+
+def test_gaps_of_a_group_insert_together() -> None:
+    """The first gap of a group stands for it, at the sum of its rates; one step, many draws."""
+    ids, draws = [MASK, MASK, 7, MASK], 4000
+    raw = np.random.default_rng(3).normal(size=(5, len(EDITS)))
+    strategy = build(PathStrategy(steps=10, tau_max=5.0), room="abf.decode.strategy")
+    found = np.zeros(5)
+    for draw in range(draws):
+        uniforms = np.full((5, 3), (draw + 0.5) / draws)
+        action = strategy.decide(
+            view(ids, best=[0.5] * 4, raw=raw, uniforms=uniforms, room=99), None
+        )
+        for uid, count in zip(action.insert.uids, action.insert.counts, strict=True):
+            found[uid - 99] += count / draws
+    size, until = (raw[:, EDITS.index(name)] for name in ("insert", "insert_until"))
+    # `view` is at step 3 of a grid of halves: from 1.5 to 2.
+    rate = 0.5 * np.log1p(np.exp(size)) / (1 + np.exp(1.75 - until))
+    wanted = [rate[:3].sum(), 0, 0, rate[3:].sum(), 0]
+    assert found == pytest.approx(wanted, abs=2e-3)
+    assert min(wanted[0], wanted[3]) > 0.05
 
 
 def test_poisson_numbers() -> None:

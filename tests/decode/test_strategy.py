@@ -131,6 +131,14 @@ def test_late_tokens_are_opened_too(law: dict[int, float], least: int) -> None:
     assert mode.next_extent(view).length in {n for n in law if law[n] == max(law.values())}
 
 
+def test_short_blocks_are_opened_as_often_as_they_come() -> None:
+    """A block of one token starts without a mask 15 times in 100, and a start of none is not among
+    the `least` that are asked for: one token is commoner than one mask says."""
+    law = {1: 0.5, 8: 0.5}
+    found = finished(np.array(start_of(law, 0.15, most=12)), least=1, late=0.15)
+    assert found[0] == pytest.approx(0.5, abs=0.01)
+
+
 def test_length_head_mode_and_fixed() -> None:
     mode = build(LengthHeadExtent(pick="mode"), room="abf.decode.extent")
     assert mode.next_extent(extent_view([0.2, 0.5, 0.3], 0.99)).length == 2

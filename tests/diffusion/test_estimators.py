@@ -72,7 +72,7 @@ def k_subset(size: int, proposal: list[Fraction], weight: Callable[[int], Fracti
     )
 
 
-SIZES = range(1, 6)
+SIZES = range(1, 7)
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -98,6 +98,73 @@ def test_dividing_by_the_realised_rate_misweighs_by_block_length(size):
     """EMRS: t ~ U, Bernoulli masks, weight S/K, is S/(S+1) of the bound; why it is not used."""
     found = bernoulli(size, lambda k: (0, Fraction(size, k)))
     assert found == bound(size) * Fraction(size, size + 1)
+
+
+def proposals(size: int) -> list[list[Fraction]]:
+    """Laws of K on 0..size: uniform without and with the empty view, and one that grows."""
+    total = Fraction((size + 1) * (size + 2), 2)
+    uniform = [Fraction(0)] + [Fraction(1, size)] * size
+    return [
+        uniform,
+        [Fraction(1, size + 1)] * (size + 1),
+        [(k + 1) / total for k in range(size + 1)],
+    ]
+
+
+def pair(size: int, law: list[Fraction], weight: Callable[[int, int], Fraction]) -> Fraction:
+    """E of a view with K ~ law masks plus its complement; `weight` of (masks of the view, K)."""
+    total = Fraction(0)
+    for k, chance in enumerate(law):
+        for mask in subsets(size, k):
+            other = tuple(sorted(set(range(size)) - set(mask)))
+            both = sum((weight(len(m), k) * ce_sum(m) for m in (mask, other) if m), Fraction(0))
+            total += chance * both / math.comb(size, k)
+    return total
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_a_pair_weighs_by_how_often_a_count_comes_in_either_view(size):
+    for law in proposals(size):
+        both = [law[k] + law[size - k] for k in range(size + 1)]
+        assert pair(size, law, lambda k, first, both=both: 1 / (k * both[k])) == bound(size)
+
+
+@pytest.mark.parametrize("size", SIZES[1:])
+def test_the_first_views_weight_is_wrong_for_its_complement(size):
+    """Half of what is exact for one view alone, given to both."""
+    found = pair(size, proposals(size)[0], lambda k, first: Fraction(size, 2 * max(first, 1)))
+    assert found != bound(size)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_a_head_that_is_told_the_time_needs_the_time_that_fits_the_count(size):
+    """CE linear in t. Given K masks t is Beta(K, S-K+1), of mean K/(S+1); drawn apart from K, of
+    mean 1/2, it is biased."""
+
+    def told(mask: Mask, slot: int) -> tuple[Fraction, Fraction]:
+        return cross_entropy(mask, slot), cross_entropy(mask, size - slot)  # at t: first + second t
+
+    def mean(mask: Mask, t: Fraction) -> Fraction:
+        return sum((a + b * t for a, b in (told(mask, slot) for slot in mask)), Fraction(0))
+
+    exact = Fraction(0)  # t ~ U, Bernoulli(t) masks, weight 1/t, integrated over t
+    for k in range(1, size + 1):
+        for mask in subsets(size, k):
+            for a, b in (told(mask, slot) for slot in mask):
+                exact += a * power_integral(k - 1, size - k) + b * power_integral(k, size - k)
+
+    def counted(time: Callable[[int], Fraction]) -> Fraction:
+        return sum(
+            (
+                Fraction(1, k) * mean(mask, time(k)) / math.comb(size, k)
+                for k in range(1, size + 1)
+                for mask in subsets(size, k)
+            ),
+            Fraction(0),
+        )
+
+    assert counted(lambda k: Fraction(k, size + 1)) == exact
+    assert (counted(lambda k: Fraction(1, 2)) == exact) == (size == 1)
 
 
 @pytest.mark.parametrize("stratify", [True, False])

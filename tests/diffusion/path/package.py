@@ -134,7 +134,8 @@ def bounds(
     at = states(world, y, times)
     said = rates(world, model, at)
     by_time = dict(zip(times.tolist(), weights.tolist(), strict=True))
-    weight = at.weight * torch.tensor([by_time[tau] for tau in at.times.tolist()]).double()
+    each = torch.tensor([by_time[tau] for tau in at.times.tolist()], dtype=torch.float64)
+    weight = at.weight * each
     start = start_nats(world, starts, y)
     return {
         "aligned": start + float((weight * integrand(world, said, at, at.expected)).sum()),
