@@ -33,7 +33,7 @@ OWN_ROWS = LossConfig(shift=False, clean_stream="block_causal", ar_weight=0)
 def log_probs(model: Transformer, ids: Tensor, place: Tensor, seen: Tensor) -> Tensor:
     """[M, V] of one row, by a plain pass with a dense mask [M, M]."""
 
-    def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def attend(layer: int, q: Tensor, k: Tensor, v: Tensor, rows: Tensor | None = None) -> Tensor:
         return torch.nn.functional.scaled_dot_product_attention(
             q, k, v, attn_mask=seen, enable_gqa=True
         )
@@ -131,7 +131,9 @@ def test_a_path_of_fills_alone_in_full_blocks_is_charged_for_masks_alone() -> No
         said = log_probs(model, ids, place, seen)
         return -sum(float(said[j - 1, clean[j]]) for j in hidden)
 
-    every = {h: cross_entropy(h) for k in range(4) for h in combinations((1, 2, 3), k)}
+    every: dict[tuple[int, ...], float] = {
+        h: cross_entropy(h) for k in range(4) for h in combinations((1, 2, 3), k)
+    }
     draws = 2000
     many = take(batch, [0] * draws)
     noised = path_noise(many, PathCorruption(late=0.0, wrong=0.0))
@@ -141,7 +143,7 @@ def test_a_path_of_fills_alone_in_full_blocks_is_charged_for_masks_alone() -> No
         )
     nats = scatter(charges["nelbo"], many)[:, 1]
     shown = noised.path.text[:, :3] == V
-    wanted = [every[tuple(np.flatnonzero(hidden) + 1)] for hidden in shown]
+    wanted = [every[tuple((np.flatnonzero(hidden) + 1).tolist())] for hidden in shown]
     np.testing.assert_allclose(nats, noised.path.weight * wanted, rtol=1e-9, atol=1e-12)
     bound = sum(ce / len(h) / math.comb(3, len(h)) for h, ce in every.items() if h)
     assert abs(nats.mean() - bound) < 4.5 * nats.std() / math.sqrt(draws)

@@ -82,6 +82,25 @@ def test_seed_epoch_and_draw_each_change_the_noise():
     assert masks(1, 2, 0) == masks(1, 2, 0)
 
 
+@pytest.mark.parametrize("stratify", [True, False])
+def test_seed_epoch_and_draw_each_change_how_many_are_masked(stratify):
+    """A document whose noise level stayed the same would be taught at that level alone."""
+    batch = make_batch([[[40]]], 41)
+
+    def count(seed: int, epoch: int, draw: int) -> int:
+        noised = masked(stratify=stratify).apply(
+            batch, seed=seed, epochs=np.array([epoch]), draw=draw
+        )
+        return int(noised.masked.sum())
+
+    for name, keys in (
+        ("seed", [(k, 0, 0) for k in range(12)]),
+        ("epoch", [(0, k, 0) for k in range(12)]),
+        ("draw", [(0, 0, k) for k in range(12)]),
+    ):
+        assert len({count(*key) for key in keys}) > 6, name
+
+
 def test_documents_and_blocks_are_masked_independently():
     """Among equal blocks with equally many masks, the hidden places differ."""
     batch = make_batch([[[6, 6], [6, 6]]], L)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -13,13 +14,22 @@ import torch
 
 from abf.artifacts import PIECES, TOKENS, read_table
 from abf.data.loader import PackedRows
-from abf.diffusion.config import LossConfig
+from abf.diffusion.config import (
+    Corruption,
+    DraftsConfig,
+    LossConfig,
+    MaskedCorruption,
+    PathCorruption,
+    UniformRate,
+)
+from abf.diffusion.corrupt.base import build_corruption
+from abf.diffusion.loss import block_charges
 from abf.eval.base import Measure, Ratio, Single, Subject
 from abf.eval.config import LikelihoodTask
-from abf.eval.likelihood import Likelihood
+from abf.eval.likelihood import NOISE_SEED, Likelihood
 from abf.model.attention import RangeAttend
 from abf.model.huggingface import save_hf
-from abf.model.store import load_model
+from abf.model.store import load_model, save_model, with_edit_heads
 from abf.model.transformer import Transformer
 from abf.train.config import ArObjective, BlockObjective, Objective
 from tests.eval.corpus import Corpus, L
@@ -148,6 +158,63 @@ def enumerated(model: Transformer, ids: np.ndarray, start: int, size: int) -> tu
         state = model.hidden(clean, row[None], attend)[0, start - 1]
         length = -float(model.length_logits(state).log_softmax(-1)[size])
     return total, length
+
+
+@pytest.fixture(scope="module")
+def path_corpus(corpus: Corpus, tmp_path_factory: pytest.TempPathFactory) -> Corpus:
+    """The same, its model with edit heads that say something."""
+    model = with_edit_heads(load_model(corpus.model))
+    with torch.no_grad():
+        model.edit_head.weight.normal_(0, 0.1, generator=torch.Generator().manual_seed(0))
+    folder = tmp_path_factory.mktemp("path") / "model"
+    save_model(model, folder)
+    return replace(corpus, model=folder)
+
+
+PATH = PathCorruption(late=0.3, wrong=0.1)
+
+
+def test_a_path_is_reported_by_its_aligned_bound(path_corpus: Corpus) -> None:
+    """Summed here by hand over the same draws; by columns that are known it would be more."""
+    objective = BlockObjective(corruption=PATH)
+    found = measured(path_corpus, objective, samples=2, max_rows=2)["bound_bits_per_byte"]
+    assert isinstance(found, Ratio)
+    packed = PackedRows(path_corpus.packed / "packed" / "heldout.arrow")
+    batch = packed.rows(np.array([0, len(packed) // 2]))
+    model = load_model(path_corpus.model).eval()
+    corruption = build_corruption(PATH, mask_id=model.mask_id)
+    nats = {True: 0.0, False: 0.0}
+    for draw in range(2):
+        noised = corruption.apply(batch, seed=NOISE_SEED + draw, epochs=np.zeros(2, dtype=int))
+        for aligned in nats:
+            with torch.no_grad():
+                charges = block_charges(
+                    model, batch, noised, loss=objective.loss, backend="reference",
+                    terms=("nelbo",), aligned=aligned,
+                )  # fmt: skip
+            nats[aligned] += float(charges["nelbo"].sum) / 2 / math.log(2)
+    assert found.numerator.sum() == pytest.approx(nats[True], rel=1e-4)
+    assert nats[False] > 1.005 * nats[True]
+
+
+CLIPPED = MaskedCorruption(law=UniformRate(low=0.3, high=0.8), weight="rate")
+
+
+@pytest.mark.parametrize(
+    ("trained", "reported"),
+    [(CLIPPED, MaskedCorruption()), (PATH.model_copy(update={"drafts": DraftsConfig()}), PATH)],
+    ids=["clipped rates", "drafts"],
+)
+def test_what_is_no_bound_in_training_is_one_in_the_report(
+    path_corpus: Corpus, trained: Corruption, reported: Corruption
+) -> None:
+    loss = LossConfig(edit_weight=1, complete_weight=1) if trained.kind == "path" else LossConfig()
+    one, other = (
+        measured(path_corpus, BlockObjective(corruption=c, loss=weights), samples=1, max_rows=2)
+        for c, weights in ((trained, loss), (reported, LossConfig()))
+    )
+    for metric in ("bound_bits_per_byte", "bound_with_boundary_bits_per_byte"):
+        assert value(one[metric]) == pytest.approx(value(other[metric]), rel=1e-9)
 
 
 def test_an_ar_run_has_no_block_rows(corpus: Corpus) -> None:

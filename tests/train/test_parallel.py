@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.multiprocessing.spawn import start_processes
 
 from abf.errors import ConfigError, Interrupted
@@ -81,7 +82,11 @@ def write_gradients(rank: int, directory: Path) -> None:
             trainer = trainer_of(directory / "train.arrow", changes, ranks)
             found = trainer.gradients(1)
             all_gradients = gradients(trainer)
+            held = [
+                p.to_local() if isinstance(p, DTensor) else p for p in trainer.model.parameters()
+            ]
             results = {"found": found, "gradients": all_gradients, "norm": trainer.optimiser.clip()}
+            results["held"] = sum(p.numel() for p in held)
             torch.save(results, directory / f"{number}.{rank}.pt")
     dist.destroy_process_group()
 
@@ -100,6 +105,10 @@ def test_two_ranks_have_the_gradients_of_one(tmp_path: Path) -> None:
         assert first["found"][3] == pytest.approx(watch, rel=1e-6)
         expected = one.optimiser.gradients
         torch.testing.assert_close(first["gradients"], expected, rtol=1e-4, atol=1e-6)
+        # Ranks of two nodes with one each: shards of a node are whole weights.
+        shared = first["held"] + second["held"] == len(expected)
+        assert shared == (changes.get("parallel") == FULL["parallel"])
+        assert shared or first["held"] == second["held"] == len(expected)
         assert first["norm"] == second["norm"]
         assert first["norm"] == pytest.approx(float(torch.linalg.vector_norm(expected)), rel=1e-5)
 

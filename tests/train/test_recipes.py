@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from abf.diffusion.layout import block_lengths, predicted
 from abf.errors import ConfigError
 from abf.grid import load_study
 from abf.model.store import with_edit_heads
@@ -50,6 +51,53 @@ def test_recipes_say_what_is_no_bound() -> None:
         text = (CONFIG / "recipes" / f"{arm}.yaml").read_text()
         assert ("NOT a bound" in " ".join(text.replace("#", "").split())) == (not flags[arm])
     assert {arm for arm, flag in flags.items() if flag} == BOUND
+
+
+CAUSAL, BLOCK = "context_causal", "block_causal"
+PUBLISHED: dict[str, tuple[object, ...]] = {
+    # longest blocks stage by stage, shift, clean stream, weight of the AR loss
+    "bd3lm": ([16], False, BLOCK, 0),
+    "sdar": ([4], False, BLOCK, 0),
+    "fast_dllm_v2": ([32], True, BLOCK, 0),
+    "nbdiff": ([1, 2, 4, 8, 16, 32], True, CAUSAL, 0.5),
+    "bard": ([4, 8, 16, 32], False, BLOCK, 0),
+    "llada2": ([1, 4, 32, 64, 32], False, BLOCK, 0),  # theirs go on to 4096 before they decay
+}
+"""From the papers and repositories (each recipe names its own), not from the recipes."""
+
+
+@pytest.mark.parametrize("arm", PUBLISHED)
+def test_blocks_and_streams_are_those_of_the_paper(arm: str) -> None:
+    (cell,) = (
+        c.config
+        for c in load_study(CONFIG / "grids" / "recipes.yaml").cells
+        if (c.config.arm, c.config.seed) == (arm, 0)
+    )
+    objective, segmenter = cell.train.objective, cell.segmenter
+    assert objective.kind == "block"
+    assert segmenter.kind == "fixed"
+    steps = 240
+    stages = [objective.stage(step, steps).block_cap or segmenter.length for step in range(steps)]
+    longest = [b for a, b in zip([None, *stages], stages, strict=False) if a != b]
+    loss = objective.loss
+    assert (longest, loss.shift, loss.clean_stream, loss.ar_weight) == PUBLISHED[arm]
+    assert (getattr(objective.corruption, "pair", False)) == (arm == "fast_dllm_v2")
+
+
+def test_the_teacher_reads_its_own_smaller_blocks(tmp_path: Path) -> None:
+    """BARD: one that learned blocks of 4 teaches blocks of 8."""
+    cfg = tiny_config(objective=objectives()["bard"], tokens=16 * 4 * 48)
+    trainer = Trainer(cfg, seed=0, model=new_model(), packed=write_rows(tmp_path))
+    trainer.losses.teacher.append(copy.deepcopy(trainer.model))
+    first, last = trainer.teaching, trainer.steps - 1
+    assert first is not None
+    rows, epochs = trainer.row_indices(last)
+    packed = trainer.rows.rows(rows)
+    own, taught = trainer._grouped(last, packed, epochs), trainer._taught(last, packed, epochs)
+    assert taught is not None
+    assert block_lengths(own)[predicted(own)].max() > 4
+    assert block_lengths(taught)[predicted(taught)].max() == 4
+    assert trainer._taught(first - 1, packed, epochs) is None
 
 
 @pytest.mark.parametrize("arm", sorted(RECIPES))
