@@ -80,6 +80,17 @@ def test_links_between_documents_are_alive() -> None:
     assert dead == []
 
 
+def test_what_the_method_says_is_proved_by_a_test_is() -> None:
+    """Every file and function that the tables of docs/method.md name."""
+    page = (ROOT / "docs" / "method.md").read_text(encoding="utf-8")
+    named = re.findall(r"`([\w/]+\.py)(?:::(\w+))?`", page.partition("## 12. What proves it")[2])
+    assert len(named) > 60
+    for file, function in named:
+        source = (ROOT / "tests" / file).read_text(encoding="utf-8")
+        wanted = rf"{function}\(" if function else r"test_\w+\("
+        assert re.search(rf"^def {wanted}", source, re.MULTILINE), (file, function)
+
+
 def test_no_large_file_is_tracked() -> None:
     large = [p.name for p in tracked() if p.exists() and p.stat().st_size > 1_000_000]
     assert large == []
