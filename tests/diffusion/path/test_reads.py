@@ -18,6 +18,7 @@ from abf.diffusion.corrupt.base import build_corruption
 from abf.diffusion.corrupt.path import PathNoised
 from abf.diffusion.layout import block_starts, positions, two_stream
 from abf.diffusion.loss import block_charges, count_terms, scatter
+from abf.diffusion.path.law import ABSENT, MASKED, WRONG, PathLaw
 from abf.model.config import ModelConfig
 from abf.model.huggingface import save_hf
 from abf.model.store import load_weights, with_edit_heads
@@ -112,6 +113,26 @@ def test_a_noisy_block_is_its_columns_in_order_and_an_end() -> None:
             row, noised.path.first[k] : noised.path.first[k] + noised.path.slots[k] + 1
         ]
         assert found.tolist() == list(range(place[row, start], place[row, start] + len(found)))
+
+
+@pytest.mark.parametrize("tau", [0.0, 0.3, 1.1, 3.0])
+def test_columns_are_drawn_by_the_law_to_the_last_digits(tau: float) -> None:
+    """Evenly spread numbers instead of random ones; the law by integrals over waiting times."""
+    world, count = World(3, 1, late=0.3, wrong=0.4), 20_000
+    even = (np.arange(count) + 0.5) / count
+    turned = np.random.default_rng(0).permutation(even)
+    clean = np.full(count, 1)
+    held, token = PathLaw(world.late, world.wrong, world.vocab).draw(
+        np.array([tau]), clean, even, turned
+    )
+    law = world.column(tau)
+    assert (held == ABSENT).mean() == pytest.approx(law["absent"], abs=1e-4)
+    assert (held == MASKED).mean() == pytest.approx(law["masked"], abs=1e-4)
+    for wrong in (0, 2):
+        found = (token == wrong)[held == WRONG].sum() / count
+        assert found == pytest.approx(law["each"], abs=5e-3)
+    assert (held == WRONG).mean() == pytest.approx(2 * law["each"], abs=1e-4)
+    assert (token[held != WRONG] == 1).all()
 
 
 def test_states_are_met_as_often_as_the_law_says() -> None:
