@@ -117,6 +117,9 @@ class DraftsConfig(ConfigModel):
     """Share that runs on into the next block."""
     repeat: Share = 0.1
     """Share that says an n-gram twice; the rest has random mistakes."""
+    shifted: Share = 0.0
+    """Share that starts at a wrong cut: says the end of the text before again, or lacks its own
+    beginning."""
     rate: Share = 0.4
     """Of random mistakes: most tokens dropped, replaced, added, as a share of the block."""
     masked: Share = 0.5
@@ -131,10 +134,11 @@ class DraftsConfig(ConfigModel):
     """Cut drafts, or pad them with masks, to the finished length (LLaDA 2.2's fixed block)."""
 
     def model_post_init(self, context: object) -> None:
-        kinds = self.right + self.near + self.cut + self.overrun + self.repeat
+        kinds = self.right + self.near + self.cut + self.overrun + self.repeat + self.shifted
         if kinds > 1 + 1e-9:
             raise ValueError(
-                f"right + near + cut + overrun + repeat = {kinds:g}, but shares add up to at most 1"
+                f"right + near + cut + overrun + repeat + shifted = {kinds:g}, but shares add up "
+                "to at most 1"
             )
 
 

@@ -23,7 +23,7 @@ from abf.diffusion.corrupt.base import Blocks, lay_out, squeeze
 from abf.diffusion.layout import block_lengths, block_starts, positions, predicted
 from abf.diffusion.levels import noise_levels
 from abf.diffusion.path.law import ABSENT, MASKED, PathLaw
-from abf.diffusion.policy.drafts import OVERRUN, Finished, draft, opened, own_steps
+from abf.diffusion.policy.drafts import GRAM, OVERRUN, Finished, draft, opened, own_steps
 from abf.diffusion.rng import uniform
 
 _SOON = 1e-12
@@ -171,14 +171,24 @@ def _finished(
     at = np.minimum(after, L - 1)
     here = batch.document_id[row, start][:, None]
     same = (after < L) & (batch.document_id[row[:, None], at] == here)
+    behind = start[:, None] - GRAM + np.arange(GRAM)
+    ahead = np.maximum(behind, 0)
+    before = (behind >= 0) & predicted(batch)[row[:, None], ahead]
+    before &= batch.document_id[row[:, None], ahead] == here
     # A row begins with its first document's token, and a charged one comes next.
     nearby = np.where(predicted(batch), batch.token_ids, batch.token_ids[:, 1:2])
     number = np.arange(len(row))
-    before = np.maximum(number - back, 0)
-    apart = (row[before] != row) | (batch.document_id[row, start[before]] != here[:, 0])
-    earlier = np.where((number < back) | apart, -1, before)
+    that = np.maximum(number - back, 0)
+    apart = (row[that] != row) | (batch.document_id[row, start[that]] != here[:, 0])
     return Finished(
-        clean, columns, batch.token_ids[row[:, None], at], same.sum(axis=1), nearby[row], earlier
+        clean,
+        columns,
+        following=batch.token_ids[row[:, None], at],
+        follows=same.sum(axis=1),
+        preceding=batch.token_ids[row[:, None], ahead],
+        precedes=before.sum(axis=1),
+        nearby=nearby[row],
+        earlier=np.where((number < back) | apart, -1, that),
     )
 
 

@@ -1,11 +1,12 @@
 """Drafts: finished blocks with mistakes such as a sampler makes, to learn edits from.
 
 Kinds: right already; one edit away; cut short or a span missing; running on into the next block; an
-n-gram said twice; tokens dropped, replaced and added at random; an earlier block of the document on
-its way to this one. In some of each kind tokens are masked, in some of these all of them (a block
-just opened with a wrong length). What a draft needs is found afterwards by alignment
-(`abf.diffusion.policy.align`).
-Source: notes/method.md §E4; over-runs, truncations and earlier blocks are this project's.
+n-gram said twice; begun at a wrong cut; tokens dropped, replaced and added at random; an earlier
+block of the document on its way to this one. In some of each kind tokens are masked, in some of
+these all of them (a block just opened with a wrong length). What a draft needs is found
+afterwards by alignment (`abf.diffusion.policy.align`).
+Source: notes/method.md §E4; over-runs, truncations, wrong cuts and earlier blocks are this
+project's.
 
 Letters: K blocks, n columns (finished tokens) and m slots of the longest, C cells: the tokens and
 what may be put between them.
@@ -23,7 +24,7 @@ from abf.diffusion.policy.align import align
 from abf.diffusion.rng import uniform
 
 GRAM, OVERRUN = 4, 8
-"""Longest repeated n-gram, and most tokens of the next block, in tokens."""
+"""Longest n-gram said again; most tokens of the next block, or lost at the beginning. Tokens."""
 (_OWN, _STEPS, _OPENED) = range(12, 15)
 (_KIND, _AMOUNT, _PLACE, _CHOICE, _DROP, _REPLACE, _ADD, _FOREIGN, _ID, _MASKED, _LEVEL, _HIDE) = (
     range(16, 28)
@@ -48,6 +49,10 @@ class Finished:
     following: NDArray[np.int64]
     """[K, OVERRUN] first tokens of the same document's next block."""
     follows: NDArray[np.int64]
+    """[K] how many of them there are."""
+    preceding: NDArray[np.int64]
+    """[K, GRAM] last tokens of the same document before the block, the nearest last."""
+    precedes: NDArray[np.int64]
     """[K] how many of them there are."""
     nearby: NDArray[np.int64]
     """[K, P] tokens of the same row, any of which may be taken for another."""
@@ -92,7 +97,7 @@ def draft(
         near_ids = np.take_along_axis(finished.nearby, near, axis=1)
         return np.where(u < 0.5, (place * vocab).astype(np.int64), near_ids)
 
-    edges = np.cumsum([cfg.right, cfg.near, cfg.cut, cfg.overrun, cfg.repeat])
+    edges = np.cumsum([cfg.right, cfg.near, cfg.cut, cfg.overrun, cfg.repeat, cfg.shifted])
     drawn, share = one(_KIND), cfg.earlier
     revised = drawn < share
     drawn = np.where(revised, drawn / (share or 1), (drawn - share) / ((1 - share) or 1))
@@ -132,7 +137,17 @@ def draft(
     said = np.take_along_axis(clean, source, axis=1)
     spurious = np.where(again[..., None], said[:, None, :], spurious)
 
-    mixed = (kind == 5)[:, None]
+    shifted = kind == 5
+    early = np.where(shifted & (choice < 0.5), 1 + (amount * GRAM).astype(np.int64), 0)
+    early = np.minimum(early, finished.precedes)
+    added[:, 0] += early
+    source = np.clip(GRAM - early[:, None] + np.arange(GRAM), 0, GRAM - 1)
+    before = np.take_along_axis(finished.preceding, source, axis=1)
+    spurious[:, 0] = np.where((early > 0)[:, None], before, spurious[:, 0])
+    lost = np.minimum(1 + (amount * OVERRUN).astype(np.int64), longest - 1)
+    there &= ~((shifted & (choice >= 0.5))[:, None] & (column < lost[:, None]))
+
+    mixed = (kind == 6)[:, None]
     most = cfg.rate * np.stack([amount, place, choice])[..., None]
     there &= ~(mixed & (many(_DROP, n) < most[0]))
     replaced |= mixed & (many(_REPLACE, n) < most[1])

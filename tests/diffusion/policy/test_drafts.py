@@ -16,7 +16,7 @@ from abf.diffusion.layout import block_starts
 from tests.diffusion.rows import V, make_batch, take
 
 BATCH = make_batch([[[4, 7, 3, 6], [2, 5]], [[5, 1, 8], [3, 6, 2]]], 30)
-KINDS = ("right", "near", "cut", "overrun", "repeat")
+KINDS = ("right", "near", "cut", "overrun", "repeat", "shifted")
 
 
 def drafts_of(batch: PackedBatch, *, seed: int = 0, share: float = 0.5, **kinds: Any) -> PathNoised:
@@ -95,6 +95,30 @@ def test_a_repeat_says_an_ngram_twice() -> None:
             for j in range(len(finished) - more + 1)
         ]
         assert draft in said
+
+
+def test_a_shifted_draft_starts_where_the_text_before_had_not_ended_or_too_late() -> None:
+    said, lost, right = 0, 0, 0
+    for seed in range(40):
+        noised = drafts_of(BATCH, seed=seed, shifted=1.0)
+        for k, (draft, finished) in enumerate(pairs(noised)):
+            row, start = noised.drafts.row[k], noised.drafts.start[k]
+            piece = np.flatnonzero(BATCH.document_id[row] == BATCH.document_id[row, start])
+            text = BATCH.token_ids[row, piece[1] : start].tolist()  # no document token
+            more = len(draft) - len(finished)
+            if more > 0:
+                assert more <= min(4, len(text))
+                assert draft == text[-more:] + finished
+                said += 1
+            elif more < 0:
+                assert draft == finished[-more:]
+                assert draft
+                lost += 1
+            else:
+                assert draft == finished
+                assert not text or len(finished) == 1
+                right += 1
+    assert min(said, lost, right) > 20
 
 
 def test_random_mistakes_are_as_many_as_the_rate_says() -> None:
