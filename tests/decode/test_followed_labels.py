@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 from abf.decode.view import Action, BlockView, Gaps, Tokens
 from abf.diffusion.policy.align import align
 from tests.decode.blocks import Driver, Scripted, V
+from tests.diffusion.policy.test_align import MASK, cheapest
 
 
 def needed(ids: list[int], finished: list[int]) -> tuple[np.ndarray, np.ndarray]:
@@ -68,6 +70,7 @@ def test_labels_that_are_followed_give_the_text_in_the_rounds_they_foretell(
 ) -> None:
     driver = Driver(tmp_path / "log")
     driver.state.open(len(draft))
+    assert driver.state.block is not None
     if set(draft) != {V}:
         shown = [j for j, token in enumerate(draft) if token != V]
 
@@ -77,6 +80,7 @@ def test_labels_that_are_followed_give_the_text_in_the_rounds_they_foretell(
 
         driver.step(Scripted(write))
     assert driver.ids == draft
+    first = driver.state.block.step
     strategy, steps = follower(finished), 0
     while driver.state.block is not None:
         driver.step(strategy)
@@ -84,6 +88,11 @@ def test_labels_that_are_followed_give_the_text_in_the_rounds_they_foretell(
     assert driver.state.closing is not None
     assert driver.state.closing.delivered.tolist() == finished
     assert steps == rounds(draft, finished) + 1, "and one to say that it is whole"
+    done = Counter(e["type"] for e in driver.events() if e["step"] >= first)
+    edits = done["SUBSTITUTE"] + done["DELETE"] + done["INSERT"]
+    # A mask that is inserted is filled, and costs no more for that.
+    cost = 8 * edits + done["FILL"] - done["INSERT"]
+    assert cost == cheapest(tuple(MASK if t == V else t for t in draft), tuple(finished))
     assert not driver.state.closing.stalled
     assert not driver.state.closing.forced
     assert not driver.state.closing.oscillates

@@ -19,6 +19,7 @@ from torch import Tensor
 from abf.diffusion.config import LossConfig, MaskedCorruption, PathCorruption
 from abf.diffusion.corrupt.base import build_corruption
 from abf.diffusion.layout import predicted
+from abf.diffusion.levels import noise_levels
 from abf.diffusion.loss import ar_charges, block_charges, scatter
 from abf.model.transformer import Transformer
 from tests.diffusion.path.package import bounds, integrand, rates, start_nats, states
@@ -65,26 +66,24 @@ def bd3_lm_nats(
 
 @pytest.mark.parametrize("size", [1, 4])
 def test_fixed_blocks_of_masks_are_charged_as_bd3_lm_charges_them(size: int) -> None:
-    """Loss by loss on the same noise; the rate is that of the draw's weight, one a block."""
+    """Loss by loss on the same noise, whose rate is the level that a block drew."""
     model, n = tiny_model(), 13
     batch = make_batch([[[size] * (12 // size)]], n)
     cfg = MaskedCorruption.model_validate({"law": {"kind": "uniform"}, "weight": "rate"})
-    shares = []
+    epochs = np.zeros(1, dtype=np.int64)
+    hidden = 0
     for seed in range(6):
-        noised = build_corruption(cfg, mask_id=V).apply(batch, seed=seed, epochs=np.zeros(1, int))
+        noised = build_corruption(cfg, mask_id=V).apply(batch, seed=seed, epochs=epochs)
         charges = block_charges(
             model, batch, noised, loss=OWN_ROWS, backend="reference", terms=("nelbo",)
         )
-        rate = np.ones(n)
-        for start in range(1, n, size):
-            own = noised.weight[0, start : start + size][noised.masked[0, start : start + size]]
-            assert len(set(own)) <= 1, "one rate a block"
-            rate[start : start + size] = 1 / own[0] if len(own) else 1
+        rate = noise_levels(batch, seed=seed, epochs=epochs, draw=0, stratify=True)[0]
+        assert all(len(set(rate[start : start + size])) == 1 for start in range(1, n, size))
         clean, noisy = (torch.from_numpy(a[0]) for a in (batch.token_ids, noised.noisy_ids))
         wanted = bd3_lm_nats(model, clean, noisy, torch.from_numpy(rate), size)
-        np.testing.assert_allclose(scatter(charges["nelbo"], batch)[0], wanted, atol=1e-10)
-        shares.append(noised.masked.mean())
-    assert max(shares) > 0
+        np.testing.assert_allclose(scatter(charges["nelbo"], batch)[0], wanted, rtol=1e-9)
+        hidden += int(noised.masked.sum())
+    assert 20 < hidden < 60, "about half of 72"
 
 
 def timeless(world: World, seed: int) -> Model:

@@ -60,7 +60,10 @@ def test_what_is_computed_is_what_tensors_hold(
         held, computed = measured(
             cfg, length, rows, precision=precision, recompute=recompute, folder=tmp_path
         )
-        assert computed.total == pytest.approx(held, rel=0.1)
+        assert computed.total == pytest.approx(held, rel=0.05)
+        # Weights and moments are easily counted; what a step needs beside them is the question.
+        states = computed.weights + computed.gradients + computed.moments
+        assert computed.total - states == pytest.approx(held - states, rel=0.05)
 
 
 def test_shards_share_the_states() -> None:
