@@ -211,6 +211,35 @@ def test_gaps_of_a_group_insert_together() -> None:
     assert min(wanted[0], wanted[3]) > 0.05
 
 
+def test_masks_ring_and_tokens_are_looked_at_by_their_rates() -> None:
+    """One step on evenly spread numbers: the shares of events, and of what a fill brings."""
+    wrong, late, leap, draws = 0.6, 0.3, 0.5, 4000
+    cfg = PathStrategy(steps=10, tau_max=10 * leap, late=late, wrong=wrong)
+    strategy = build(cfg, room="abf.decode.strategy")
+    raw = np.zeros((3, len(EDITS)))
+    raw[1, EDITS.index("substitute")] = 2.5
+    even = (np.arange(draws) + 0.5) / draws
+    turned = np.random.default_rng(0).permutation(even)
+    fills, looks = [], 0
+    for event, choice in zip(even, turned, strict=True):
+        uniforms = np.tile([event, choice, 0.0], (3, 1))
+        action = strategy.decide(view([MASK, 7], best=[0.5] * 2, raw=raw, uniforms=uniforms), None)
+        fills += action.fill.tokens.tolist()
+        assert action.fill.uids.tolist() in ([], [100])
+        looks += action.substitute.tokens.tolist() == [11]
+    assert len(fills) / draws == pytest.approx(1 - math.exp(-leap), abs=1e-3)
+    # Slot 0's own token is 10; any token comes in `wrong` of the cases, one in V of them as that.
+    kept = sum(token == 10 for token in fills) / len(fills)
+    assert kept == pytest.approx(1 - wrong, abs=0.03)
+    assert np.mean([t for t in fills if t != 10]) == pytest.approx(MASK / 2, rel=0.05)
+    tau, u = 3.5 * leap, math.exp(-3.5 * leap)
+    each = wrong / MASK * ((1 - late) * tau + late * tau * tau / 2) * u
+    clean = 1 - late * u - ((1 - late) + late * tau) * u - (MASK - 1) * each
+    rate = 1 / (1 + math.exp(-2.5) * clean / ((MASK - 1) * each))
+    assert 0.2 < rate < 0.95
+    assert looks / draws == pytest.approx(1 - math.exp(-rate * leap), abs=1e-3)
+
+
 def test_poisson_numbers() -> None:
     uniforms = (np.arange(20000) + 0.5) / 20000
     for mean in (0.0, 0.3, 2.5):

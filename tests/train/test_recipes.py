@@ -53,6 +53,20 @@ def test_recipes_say_what_is_no_bound() -> None:
     assert {arm for arm, flag in flags.items() if flag} == BOUND
 
 
+def test_the_demo_has_an_arm_with_every_operation() -> None:
+    """Trained with all of them, decoded with all of them, beside the same model filling masks."""
+    cells = load_study(CONFIG / "grids" / "demo.yaml").cells
+    cell = next(cell.config for cell in cells if cell.config.arm == "abf")
+    assert cell.train.objective == objectives()["abf"]
+    operations = {
+        name: set(decoder.strategy.operations)
+        for name, decoder in cell.decoders.items()
+        if decoder.strategy.kind == "abf"
+    }
+    assert {"fill"} in operations.values()
+    assert {"fill", "insert", "delete", "substitute"} in operations.values()
+
+
 CAUSAL, BLOCK = "context_causal", "block_causal"
 PUBLISHED: dict[str, tuple[object, ...]] = {
     # longest blocks stage by stage, shift, clean stream, weight of the AR loss
