@@ -27,7 +27,7 @@ def figures(device: torch.device, parts: list[str], *, quick: bool) -> Iterator[
     """Every figure of the named parts, in order."""
     from abf_kernels.block_attention.triton import config_of
 
-    from benchmarks.gpu import attention, ceilings, metadata, serving
+    from benchmarks.gpu import attention, ceilings, metadata, problem, serving
 
     clock, rounds = CudaClock(device), 7 if quick else 25
     name = torch.cuda.get_device_name(device)
@@ -35,7 +35,7 @@ def figures(device: torch.device, parts: list[str], *, quick: bool) -> Iterator[
     if "ceilings" in parts:
         n = 4096 if quick else 8192
         yield from ceilings.run(device, clock, n=n, size=1 << 30, rounds=rounds)
-    cases = attention.CASES[:2] if quick else attention.CASES
+    cases = problem.CASES[:2] if quick else problem.CASES
     if "attention" in parts:
         for case in cases:
             goals = case.goals.get(chip, {})

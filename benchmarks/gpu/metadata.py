@@ -16,7 +16,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 from triton import knobs
 
-from benchmarks.gpu.attention import FORWARD, Case, Peer, Problem, ours
+from benchmarks.gpu.attention import Peer, ours
+from benchmarks.gpu.problem import FORWARD, Case, Problem
 from benchmarks.gpu.timing import Clock, Figure, figure, interleaved
 
 

@@ -10,7 +10,8 @@ from abf_kernels.block_attention import triton as kernels
 from abf_kernels.block_attention.configs import Config, Tile
 from triton.runtime.errors import OutOfResources
 
-from benchmarks.gpu.attention import CASES, Case, Problem, ours
+from benchmarks.gpu.attention import ours
+from benchmarks.gpu.problem import CASES, Case, Problem
 from benchmarks.gpu.timing import Clock
 
 TILES = tuple(

@@ -17,15 +17,16 @@ from abf_kernels.block_attention.configs import Config, Tile
 
 from benchmarks.bench_attention import Shape
 from benchmarks.gpu import attention, ceilings, checks, metadata, serving, tune
+from benchmarks.gpu import problem as problems
 from benchmarks.gpu.__main__ import main
 from benchmarks.gpu.table import FIELDS, Table, file_of, machine
 from benchmarks.gpu.timing import Figure, cpu_clock, figure, interleaved, ratio
 
 CPU = torch.device("cpu")
-TINY = attention.Case(Shape(1, 2, 96, 16), 1, {})
+TINY = problems.Case(Shape(1, 2, 96, 16), 1, {})
 
 
-def two_peers(problem: attention.Problem, backend: Any) -> dict[str, attention.Peer]:
+def two_peers(problem: problems.Problem, backend: Any) -> dict[str, attention.Peer]:
     return {"ours": attention.ours(problem, backend), "dense SDPA": attention.dense(problem)}
 
 
@@ -59,8 +60,8 @@ def test_a_wrong_operator_ends_the_run(name: str, monkeypatch: pytest.MonkeyPatc
 
 
 def test_rates_count_the_pairs_that_are_seen() -> None:
-    problem = attention.Problem(TINY, torch.float32, CPU)
-    sees = attention.mask_of(problem)
+    problem = problems.Problem(TINY, torch.float32, CPU)
+    sees = problems.mask_of(problem)
     for seed in range(3):
         problem.renew(seed)
         seen = sum(
@@ -69,9 +70,9 @@ def test_rates_count_the_pairs_that_are_seen() -> None:
             for k in range(96)
         )
         assert problem.pairs == seen
-        assert problem.flops(attention.FORWARD) == 4 * 16 * 2 * seen
+        assert problem.flops(problems.FORWARD) == 4 * 16 * 2 * seen
         assert problem.density() == pytest.approx(seen / 96**2)
-        assert attention.tile_waste(problem) * seen >= seen
+        assert problems.tile_waste(problem) * seen >= seen
 
 
 def test_every_peer_has_rates_and_a_ratio() -> None:
@@ -108,7 +109,7 @@ def test_a_peer_that_fails_is_a_row_and_one_that_differs_an_error() -> None:
 def test_the_flex_mask_is_that_of_the_ranges(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its mask function runs here, not compiled; its kernels have no backward pass on a CPU."""
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)
-    problem = attention.Problem(TINY, torch.float32, CPU)
+    problem = problems.Problem(TINY, torch.float32, CPU)
     peer = attention.flex(problem, {}, tuned=False)
     for seed in (4, 5):
         problem.renew(seed)
