@@ -28,10 +28,12 @@ from abf.decode.config import SamplerConfig
 from abf.decode.controls import NO_CONTROLS, Controls
 from abf.decode.decide import step
 from abf.decode.observe import Limits, block_view
+from abf.decode.opener import Opener
+from abf.decode.prompts import check_prompts
 from abf.decode.request import Prompt, RequestState, Sample
 from abf.decode.sampler import propose
 from abf.decode.trace import TraceWriter
-from abf.decode.view import ExtentPolicy, ExtentView, RequestMeta, Strategy
+from abf.decode.view import ExtentPolicy, RequestMeta, Strategy
 from abf.diffusion.rng import uniform
 from abf.errors import ConfigError
 from abf.model.attention import CacheAttend
@@ -39,8 +41,8 @@ from abf.model.cache import KVCache
 from abf.model.config import AttentionBackend
 from abf.model.transformer import Transformer
 
-EXTENT_STREAM, TOKEN_STREAM, EDIT_STREAM = 1, 2, 3
-"""First counter of the engine's random numbers: what a draw is for."""
+TOKEN_STREAM, EDIT_STREAM = 2, 3
+"""First counter of the engine's random numbers: what a draw is for; the opener's is 1."""
 
 
 class Engine:
@@ -93,10 +95,13 @@ class Engine:
         self.model, self.strategy, self.extent, self.sampler = model, strategy, extent, sampler
         self.shift, self.seed, self.reopen = shift, seed, reopen
         self.controls = controls
-        known = model.config.granularities
-        self.told = None if granularity is None else known.index(granularity)
+        self.told = None if granularity is None else model.config.granularities.index(granularity)
         longest = min(model.max_block, controls.max_slots or model.max_block)
         self.limits = Limits(max_steps, longest, edits_per_slot, controls.forbidden)
+        self.opener = Opener(
+            model, extent, controls,
+            seed=seed, told=self.told, most=longest, least=0 if strategy.timed else 1,
+        )  # fmt: skip
         self.backend: AttentionBackend = backend
         self.causal = clean_stream == "context_causal"
         self.dtype = torch.bfloat16 if precision == "bf16" else torch.float32
@@ -106,7 +111,7 @@ class Engine:
         self, prompts: Sequence[Prompt], *, new_tokens: int, trace: TraceWriter
     ) -> list[Sample]:
         """Continue every prompt, side by side; samples in the order of the prompts."""
-        self.check(prompts, new_tokens)
+        check_prompts(prompts, new_tokens, config=self.model.config, back=self.extent.back)
         if not prompts:
             return []
         # One context around the whole run: it keeps the cast weights between forward passes.
@@ -121,7 +126,7 @@ class Engine:
             batch = self._prefill(prompts, new_tokens, trace)
             trace.flush()
             while batch.requests:
-                self._open(batch)
+                self.opener.open(batch)
                 self._decide_known(batch)
                 trace.closed(self._forward(batch))
                 now = time.perf_counter()
@@ -135,28 +140,6 @@ class Engine:
                             done[state.prompt.request] = state.sample()
                     batch.keep([row for row, leaves in enumerate(over) if not leaves])
         return [done[prompt.request] for prompt in prompts]
-
-    def check(self, prompts: Sequence[Prompt], new_tokens: int) -> None:
-        """Refuse prompts that cannot be continued.
-
-        Raises:
-            ConfigError: too few blocks to open with, or more tokens than the model has positions.
-        """
-        limit, back = self.model.config.max_positions, self.extent.back
-        for prompt in prompts:
-            if len(prompt.block_length) < back:
-                raise ConfigError(
-                    f"prompt {prompt.prompt_id!r}: it has {len(prompt.block_length)} blocks, but "
-                    f"extent `earlier` opens the next one with the block {back} before it: show "
-                    "more of the text, lower extent.back, or use another extent"
-                )
-            slots = 1 + len(prompt.token_ids) + new_tokens
-            if slots > limit:
-                raise ConfigError(
-                    f"prompt {prompt.prompt_id!r}: 1 + {len(prompt.token_ids)} prompt tokens + "
-                    f"{new_tokens} new tokens = {slots}, but the model has {limit} positions "
-                    f"({self.model.config.positions}): lower new_tokens, or show less of the text"
-                )
 
     def _prefill(self, prompts: Sequence[Prompt], new_tokens: int, trace: TraceWriter) -> Batch:
         """One causal pass over document token and prompt; not counted as NFE."""
@@ -179,46 +162,6 @@ class Engine:
         states = model.hidden(ids, positions, attend, rows=last)
         cache.commit(lengths)
         return Batch(requests, cache, states, model.logits(states).float())
-
-    def _open(self, batch: Batch) -> None:
-        """Open a block for every request without one."""
-        opening = [
-            row for row, s in enumerate(batch.requests) if s.block is None and s.closing is None
-        ]
-        if not opening:
-            return
-        probs: Sequence[NDArray[np.float64] | None] = [None] * len(opening)
-        least = 0 if self.strategy.timed else 1
-        if self.extent.needs_lengths:
-            before = batch.last_state[opening]
-            told = None
-            if self.told is not None:
-                told = torch.full((len(opening),), self.told, device=self.device)
-            logits = self.model.length_logits(before, told)[:, least:].double()
-            probs = list(torch.softmax(logits, dim=-1).cpu().numpy())
-        for row, length_probs in zip(opening, probs, strict=True):
-            state = batch.requests[row]
-            number = state.prompt.request
-            view = ExtentView(
-                request=number,
-                block=state.blocks,
-                tokens_left=state.tokens_left,
-                length_probs=length_probs,
-                uniform=float(uniform(EXTENT_STREAM, self.seed, number, state.blocks)),
-                least=least,
-                earlier=state.earlier(self.extent.back) if self.extent.back else None,
-            )
-            extent = self.extent.next_extent(view)
-            length = extent.length
-            assert length >= least, f"{type(self.extent).__name__} opened nothing"
-            first = state.blocks == 0
-            length = min(self.controls.length(length, first=first), state.tokens_left)
-            if extent.tokens is not None:
-                length = min(length, self.limits.max_block)
-                state.open(length, (np.arange(length), extent.tokens[:length]), lock=False)
-                continue
-            kept = self.controls.places(length) if first and self.controls.keep else None
-            state.open(length, kept)
 
     def _decide_known(self, batch: Batch) -> None:
         """Decide where only a block's first slot is left and the row that predicts it is known.
@@ -342,18 +285,10 @@ class Engine:
 
     def _uniforms(self, state: RequestState) -> NDArray[np.float64]:
         """Three random numbers for each slot and gap of the active block at its step, [n+1, 3]."""
-        block = state.block
+        block, number = state.block, state.prompt.request
         assert block is not None
         gap = np.arange(block.live + 1)[:, None]
-        return uniform(
-            EDIT_STREAM,
-            self.seed,
-            state.prompt.request,
-            block.number,
-            block.step,
-            gap,
-            np.arange(3),
-        )
+        return uniform(EDIT_STREAM, self.seed, number, block.number, block.step, gap, np.arange(3))
 
     def _tensor(self, array: NDArray[np.integer]) -> Tensor:
         return torch.from_numpy(array).to(self.device)

@@ -9,23 +9,22 @@ import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Literal
 
 import numpy as np
 import pyarrow as pa
 import torch
-from numpy.typing import NDArray
 
-from abf.artifacts import PIECES, SAMPLES, read_table, write_table
+from abf.artifacts import SAMPLES, write_table
 from abf.base import build
-from abf.data.loader import PackedRows, spread
 from abf.data.tokenizer import TextTokenizer, load_tokenizer
 from abf.decode.config import DecoderConfig, FixedExtent
 from abf.decode.controls import NO_CONTROLS, Controls, controls
 from abf.decode.engine import Engine
+from abf.decode.prompts import PromptTask, check_prompts, held_out_prompts
 from abf.decode.request import Prompt, Sample
 from abf.decode.trace import TraceWriter
-from abf.errors import ArtifactError, ConfigError
+from abf.errors import ConfigError
 from abf.files import sha256
 from abf.model.attention import check_backend
 from abf.model.device import own_device
@@ -33,25 +32,6 @@ from abf.model.store import WEIGHTS, load_model
 from abf.model.transformer import Transformer
 from abf.track.meter import EnergyMeter
 from abf.track.progress import Progress
-
-REST = 8
-"""Slots a held-out document must have behind its prompt: there was something to continue."""
-
-
-class PromptTask(Protocol):
-    """What a generative task says of its prompts: each is so many tokens, or so many lines."""
-
-    @property
-    def prompts(self) -> int: ...
-
-    @property
-    def prompt_tokens(self) -> int | None: ...
-
-    @property
-    def prompt_lines(self) -> int | None: ...
-
-    @property
-    def new_tokens(self) -> int: ...
 
 
 def decode_task(
@@ -196,7 +176,8 @@ def decode(
         precision=cfg.precision,
         clean_stream=clean_stream,
     )
-    engine.check(prompts, new_tokens)  # of the last batch as well, before the first one decodes
+    # Those of the last batch as well, before the first one is decoded.
+    check_prompts(prompts, new_tokens, config=model.config, back=engine.extent.back)
     samples: list[Sample] = []
     with Progress(label, len(prompts), unit="prompt") as progress:
         for start in range(0, len(prompts), cfg.batch_size):
@@ -206,64 +187,6 @@ def decode(
             tokens = sum(len(sample.token_ids) for sample in samples)
             progress.update(len(part), tokens_per_forward=tokens / nfe)
     return samples
-
-
-def held_out_prompts(
-    task: PromptTask, packed: Path, model: Transformer, tokenizer: TextTokenizer
-) -> list[Prompt]:
-    """Held-out documents that are long enough, spread evenly, by their first tokens or lines."""
-    folder = packed / "packed"
-    rows = PackedRows(folder / "heldout.arrow")
-    if rows.vocab_size != model.config.vocab_size:
-        raise ArtifactError(
-            f"{folder / 'heldout.arrow'} was packed with {rows.vocab_size} token ids, the model "
-            f"has {model.config.vocab_size}; they do not belong together"
-        )
-
-    def whole(piece: dict[str, Any]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Tokens of a piece behind its document token, and the number of each one's block."""
-        row, start = rows.rows([piece["row"]]), piece["start"]
-        inside = slice(start + 1, start + piece["n_tokens"])
-        return row.token_ids[0, inside], row.block_id[0, inside]
-
-    def shorter(request: int, piece: dict[str, Any], count: int) -> Prompt:
-        tokens, blocks = (values[:count] for values in whole(piece))
-        lengths = np.unique(blocks, return_counts=True)[1]
-        return Prompt(request, piece["doc_id"], tokens, tuple(lengths.tolist()))
-
-    pieces = read_table(folder / "heldout.pieces.parquet", PIECES).to_pylist()
-    pieces = [piece for piece in pieces if piece["part"] == 0]
-    if task.prompt_tokens is not None:
-        shown = [task.prompt_tokens] * len(pieces)
-        wanted, rest = f"{task.prompt_tokens} prompt tokens and {REST} more", REST
-    else:
-        assert task.prompt_lines is not None, "a prompt is so many tokens, or so many lines"
-        n_ends = line_ends(tokenizer)
-        shown = [
-            1 + int(np.searchsorted(n_ends[whole(piece)[0]].cumsum(), task.prompt_lines))
-            for piece in pieces
-        ]
-        wanted, rest = f"{task.prompt_lines} lines and more behind them", 1
-    found = [
-        (piece, count)
-        for piece, count in zip(pieces, shown, strict=True)
-        if piece["n_tokens"] >= 1 + count + rest
-    ]
-    if len(found) < task.prompts:
-        raise ConfigError(
-            f"prompts={task.prompts}: only {len(found)} held-out documents have {wanted}; "
-            "lower prompts, show less of a document, or hold out more text"
-        )
-    return [
-        shorter(request, *found[index])
-        for request, index in enumerate(spread(len(found), task.prompts))
-    ]
-
-
-def line_ends(tokenizer: TextTokenizer) -> NDArray[np.int64]:
-    """How many newlines each token holds: [V]."""
-    pieces = tokenizer.token_strings(range(tokenizer.vocab_size))
-    return np.array([piece.count("\n") for piece in pieces])
 
 
 def samples_table(samples: Sequence[Sample], tokenizer: TextTokenizer) -> pa.Table:

@@ -23,7 +23,8 @@ from abf.data.pack import pack
 from abf.data.tokenize import tokenize
 from abf.data.tokenizer import make_tokenizer
 from abf.decode.config import DecoderConfig
-from abf.decode.task import PromptTask, decode_task
+from abf.decode.prompts import PromptTask
+from abf.decode.task import decode_task
 from abf.model.config import ShapeConfig
 from abf.model.huggingface import save_hf
 from abf.model.store import new_model, save_model
