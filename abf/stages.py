@@ -35,7 +35,7 @@ STAGES: dict[str, Stage] = {
         Stage("base", 2, ("base",)),
         Stage("convert", 2, ("init",)),
         Stage("train", 2, ("model", "metrics.parquet")),
-        Stage("decode", 4, ("samples.parquet", "trace.arrows")),
+        Stage("decode", 5, ("samples.parquet", "trace.arrows")),
         Stage("score", 2, ("scores.parquet", "documents.parquet")),
         Stage("ledger", 1, ("ledger.parquet",), pure=False),
         Stage("report", 2, ("index.html", "figures"), pure=False),
