@@ -6,7 +6,6 @@ a failed job. Tokens are clean row slots, padding included; steps are counted as
 
 from __future__ import annotations
 
-import hashlib
 import time
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
@@ -29,6 +28,7 @@ from abf.model.store import (
 from abf.model.transformer import Transformer
 from abf.train import checkpoint
 from abf.train.config import TrainConfig
+from abf.train.identity import check_identity, identity_of
 from abf.train.parallel import World, world
 from abf.train.peak import Peak, peak
 from abf.train.record import Recorder
@@ -40,18 +40,6 @@ from abf.train.step import Trainer
 
 TEACHER = "teacher.safetensors"
 """The model as it was when it began to teach itself, in a run's folder."""
-SAMPLE_BYTES = 1 << 20
-"""Bytes at either end of the packed file that enter its fingerprint."""
-
-
-SAME_RESULT = {
-    "device",
-    "parallel",
-    "checkpoint_activations",
-    "checkpoint_steps",
-    "keep_checkpoints",
-}
-"""Settings that a resumed run may have other values of: they change no result."""
 
 
 @dataclass(frozen=True)
@@ -109,12 +97,7 @@ def train(
         StopFlag() as stop,
         Recorder(run_dir, label, active=ranks.first, device=ranks.device) as record,
     ):
-        identity = {
-            "config": cfg.model_dump(mode="json", exclude=SAME_RESULT),
-            "seed": seed,
-            "initial_model": model_hash(model),
-            "packed": _fingerprint(packed),
-        }
+        identity = identity_of(cfg, seed=seed, model=model, packed=packed)
         trainer = Trainer(cfg, seed=seed, model=model, packed=packed, world=ranks)
         best = peak(cfg.precision, given_tflops=peak_tflops)
         with _Run(trainer, record, run_dir, identity, best) as run:
@@ -180,7 +163,13 @@ class _Run:
             self.record.warn("damaged_checkpoint", f"checkpoint skipped: {text}")
         window: Mapping[str, float] = {}
         if found is not None:
-            self._check_identity(found, accept)
+            if accepted := check_identity(found, self.identity, accept):
+                self.record.warn(
+                    "config_changed",
+                    f"goes on after step {found.step} with what was accepted: "
+                    f"{'; '.join(accepted)}",
+                    changed=accepted,
+                )
             state = found.state
             moments = self.trainer.optimiser.blank()
             found.load(self._tensors(moments))
@@ -301,29 +290,6 @@ class _Run:
         weights = {f"model.{name}": tensor.detach() for name, tensor in parameters.items()}
         return weights | {f"optimizer.{name}": tensor for name, tensor in moments.items()}
 
-    def _check_identity(self, found: checkpoint.Checkpoint, accept: Collection[str]) -> None:
-        before, now = _flat(found.state["identity"]), _flat(self.identity)
-        changed = differences(before, now)
-        names = [phrase.partition(":")[0] for phrase in changed]
-        refused = [one for one, name in zip(changed, names, strict=True) if name not in accept]
-        if refused:
-            raise ResumeError(
-                f"{found.path} belongs to another run; different (checkpoint -> now): "
-                f"{'; '.join(refused)}. Restore these, accept each by `--accept KEY` to go on "
-                f"with it all the same, or delete {found.path.parent} to train from scratch"
-            )
-        if unknown := sorted(set(accept) - set(before) - set(now)):
-            raise ResumeError(
-                f"--accept {unknown[0]}: {found.path} has no such key; what differs: "
-                f"{', '.join(names) or 'nothing'}"
-            )
-        if changed:
-            self.record.warn(
-                "config_changed",
-                f"goes on after step {found.step} with what was accepted: {'; '.join(changed)}",
-                changed=changed,
-            )
-
     def _check_environment(self, found: checkpoint.Checkpoint) -> None:
         changed = differences(found.state["environment"], self.environment)
         if changed:
@@ -332,33 +298,3 @@ class _Run:
                 f"resume will not be bit-exact: {'; '.join(changed)}",
                 changed=changed,
             )
-
-
-def model_hash(model: torch.nn.Module) -> str:
-    """Hash of all parameters, names and shapes."""
-    digest = hashlib.sha256()
-    for name, parameter in sorted(model.named_parameters()):
-        digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}\n".encode())
-        digest.update(parameter.detach().contiguous().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
-
-
-def _fingerprint(path: Path) -> dict[str, Any]:
-    """Size of a file and hash of both its ends: cheap on terabytes, and tells data sets apart."""
-    size = path.stat().st_size
-    with open(path, "rb") as handle:
-        digest = hashlib.sha256(handle.read(SAMPLE_BYTES))
-        handle.seek(max(0, size - SAMPLE_BYTES))
-        digest.update(handle.read())
-    return {"bytes": size, "ends_sha256": digest.hexdigest()}
-
-
-def _flat(value: Any, prefix: str = "") -> dict[str, str]:
-    """Nested JSON as dotted keys with their values' text."""
-    if not isinstance(value, Mapping):
-        return {prefix: str(value)}
-    return {
-        key: text
-        for name, part in value.items()
-        for key, text in _flat(part, f"{prefix}.{name}" if prefix else name).items()
-    }

@@ -7,8 +7,6 @@ weights and the optimiser's state: nothing else is carried from one to the next.
 from __future__ import annotations
 
 import math
-import socket
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +14,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from abf.artifacts import PIECES, read_table
 from abf.data.loader import PackedBatch, PackedRows, row_indices
 from abf.diffusion.corrupt.base import Corrupter, Noised, build_corruption
 from abf.diffusion.corrupt.path import PathNoised
@@ -24,10 +21,11 @@ from abf.diffusion.flops import counting
 from abf.diffusion.loss import Term, count_terms, term_weights
 from abf.diffusion.policy.watch import COMPLETE_COUNTS, EDIT_COUNTS
 from abf.diffusion.regroup import drop_history, regroup
-from abf.errors import ArtifactError, ConfigError, DivergenceError
+from abf.errors import ConfigError, DivergenceError
 from abf.model.attention import check_backend
 from abf.model.transformer import Transformer
 from abf.train.config import TrainConfig
+from abf.train.faults import check_fit, no_numbers, told_rows
 from abf.train.forward import Losses
 from abf.train.lengths import bin_names, count_lengths
 from abf.train.optim import Optimiser, learning_rate
@@ -96,7 +94,7 @@ class Trainer:
         self.part = self.world.share(cfg.batch_rows)
         self.most_rows = math.ceil(cfg.batch_rows / self.world.size)
         self.rows = PackedRows(packed)
-        _check_fit(self.rows, model, packed)
+        check_fit(self.rows, model, packed)
         self.loss = cfg.objective.loss if cfg.objective.kind == "block" else None
         self.weights = term_weights(self.loss)
         self.watched = [name for term in self.weights for name in WATCHED.get(term, ())]
@@ -284,72 +282,19 @@ class Trainer:
 
     def _divergence(self, number: int, loss: float, norm: float) -> str:
         rows, _ = self.row_indices(number)
-        origin, ranks = self._origin()
+        local = dict(zip(self.weights, self._local.tolist(), strict=False))
+        origin, ranks = no_numbers(self.world, local)
         if ranks:
             rows = np.concatenate([rows[self.world.share(len(rows), rank)] for rank in ranks])
-        pieces = np.unique(self.rows.rows(rows).document_id)
         return (
             f"step {number + 1} of {self.steps}: loss {loss}, gradient norm {norm}{origin}; its "
-            "update was not applied and no checkpoint holds it. Batch: rows "
-            f"{_listed(rows.tolist())} of {self.path}, documents "
-            f"{_documents(self.path, pieces[pieces >= 0])}. The same "
+            "update was not applied and no checkpoint holds it. Batch: "
+            f"{told_rows(self.rows, rows, self.path)}. The same "
             "command would meet it again: look at that text, or lower train.optim.lr or "
             "train.optim.clip_norm"
         )
-
-    def _origin(self) -> tuple[str, list[int]]:
-        """Which term was no number on which rank, in words, and those ranks (all call it)."""
-        mine = dict(zip(self.weights, self._local.tolist(), strict=False))
-        faults = [f"{name} is {value}" for name, value in mine.items() if not math.isfinite(value)]
-        found = self.world.gather((socket.gethostname(), faults))
-        told = [
-            f"{' and '.join(faults)} on rank {rank} of {self.world.size} ({host})"
-            if self.world.size > 1
-            else " and ".join(faults)
-            for rank, (host, faults) in enumerate(found)
-            if faults
-        ]
-        ranks = [rank for rank, (_, faults) in enumerate(found) if faults]
-        return "".join(f" ({text})" for text in told), ranks
 
 
 def _masked(noised: Noised | PathNoised, mask_id: int) -> int:
     """Masked slots; padding, which depends on how rows were grouped, holds MASK, too."""
     return int(((noised.noisy_ids == mask_id) & (noised.block_start >= 0)).sum())
-
-
-def _check_fit(rows: PackedRows, model: Transformer, path: Path) -> None:
-    config = model.config
-    if rows.vocab_size != config.vocab_size:
-        raise ArtifactError(
-            f"{path} was packed with a vocabulary of {rows.vocab_size}, the model has "
-            f"{config.vocab_size}: pack with the model's tokenizer"
-        )
-    if rows.max_block > config.max_block:
-        raise ArtifactError(
-            f"{path} has blocks of up to {rows.max_block} tokens, the model's length head knows "
-            f"{config.max_block}: convert with the same pack settings"
-        )
-    if rows.row_length > config.max_positions:
-        raise ArtifactError(
-            f"{path} has rows of {rows.row_length} tokens, the model {config.max_positions} "
-            "positions: pack shorter rows"
-        )
-    if not len(rows):
-        raise ArtifactError(f"{path} holds no row: the training split is empty")
-
-
-def _documents(packed: Path, pieces: NDArray[np.int64]) -> str:
-    """Names of the documents behind piece numbers, or the numbers when there is no piece table."""
-    table = packed.with_name(f"{packed.stem}.pieces.parquet")
-    names = [str(piece) for piece in pieces]
-    if table.exists():
-        known = read_table(table, PIECES).select(["document_id", "doc_id"]).to_pylist()
-        by_number = {row["document_id"]: row["doc_id"] for row in known}
-        names = list(dict.fromkeys(by_number[int(piece)] for piece in pieces))
-    return _listed(names)
-
-
-def _listed(names: Sequence[object], most: int = 20) -> str:
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(map(str, names[:most])) + more
