@@ -137,6 +137,22 @@ def test_rates_stay_inside_their_clip() -> None:
     assert shares == pytest.approx([0.75, 0.55, 0.05], abs=0.05)
 
 
+def test_a_document_has_one_rate_where_it_is_shared() -> None:
+    """SDAR's; with weight 1/rate a document's masked tokens all weigh the same."""
+    batch = make_batch([[[5] * 8, [5] * 8]], 82)
+    weights: dict[str, list[int]] = {}
+    for shared in ("document", "block"):
+        cfg = MaskedCorruption(law=UniformRate(), weight="rate", shared=shared)
+        noised = build_corruption(cfg, mask_id=V).apply(batch, seed=3, epochs=np.zeros(1, int))
+        weights[shared] = [
+            len(set(noised.weight[noised.masked & (batch.document_id == piece)]))
+            for piece in (0, 1)
+        ]
+        assert len(set(noised.weight[noised.masked])) == sum(weights[shared])
+    assert weights["document"] == [1, 1]
+    assert min(weights["block"]) > 3
+
+
 def test_a_pair_has_no_weight_by_rate() -> None:
     with pytest.raises(ValidationError, match="complementary"):
         MaskedCorruption(pair=True, weight="rate")
