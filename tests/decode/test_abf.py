@@ -192,9 +192,10 @@ def test_only_named_operations() -> None:
         "insert": {99: 2},
     }  # fmt: skip
     assert decided(block, operations=("fill",)) == {"complete": False, "commit": {102: 12}}
-    assert decided(block, operations=("insert", "fill")) == {
-        "complete": False, "fill": {102: 12}, "insert": {99: 2},
-    }  # fmt: skip
+    filled = {"complete": False, "fill": {102: 12}}
+    assert decided(block, operations=("insert", "fill")) == filled | {"insert": {99: 2}}
+    assert decided(block, operations=("fill", "delete")) == filled | {"delete": [101]}
+    assert decided(block, operations=("substitute", "fill")) == filled | {"substitute": {100: 10}}
 
 
 def test_calm_tokens_are_locked() -> None:

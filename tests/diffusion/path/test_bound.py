@@ -262,7 +262,7 @@ def test_one_token_is_exact_without_time_and_looser_with_it() -> None:
     assert bounds(world, timed, starts, y)["aligned"] > -math.log(likelihood) + 1e-4
 
 
-MUTANTS = ("no compensator of insertion", "mean of a group", "no S on right tokens",
+MUTANTS = ("no compensator of insertion", "mean of a group", "no S on right tokens", "no log S",
            "length charged at n", "clipped weight")  # fmt: skip
 
 
@@ -299,6 +299,11 @@ def test_wrong_formulas_are_no_bounds(mutant: str) -> None:
         if mutant == "no S on right tokens":
             right = (at.text != world.mask) & exists
             nats = nats - torch.where(right, said.substitute * (1 - said.own), 0.0).sum(dim=1)
+        if mutant == "no log S":
+            other = at.text[:, :, None] != at.clean[:, None, :]
+            change = torch.where(other, at.expected.column, 0.0).sum(dim=2)
+            seen = (at.text != world.mask) & exists & (change > 0)
+            nats = nats + torch.where(seen, torch.xlogy(change, said.substitute), 0.0).sum(dim=1)
         start = start_nats(world, starts, y)
         if mutant == "length charged at n":
             start = -math.log(starts[len(y)])
