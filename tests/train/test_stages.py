@@ -13,7 +13,7 @@ from abf.diffusion.corrupt.masked import Masked
 from abf.diffusion.layout import block_lengths, predicted
 from abf.train.config import BlockObjective
 from abf.train.step import Trainer
-from tests.train.tiny_run import new_model, tiny_config, write_rows
+from tests.train.tiny_run import L, new_model, tiny_config, write_rows
 
 GROWTH = [
     {"until": 0.25, "block_cap": 1},
@@ -35,20 +35,19 @@ def test_a_stage_is_a_function_of_the_step() -> None:
 
 def test_each_step_trains_its_stage(tmp_path: Path) -> None:
     packed = write_rows(tmp_path)
-    cfg = tiny_config(objective=objective(stages=GROWTH))
+    cfg = tiny_config(objective=objective(stages=GROWTH), tokens=8 * 4 * L)
     trainer = Trainer(cfg, seed=0, model=new_model(), packed=packed)
-    assert trainer.steps >= 4
     longest, weights = [], []
-    for number in (0, trainer.steps * 3 // 8, trainer.steps - 1):
+    for number in range(8):
         rows, epochs = trainer.row_indices(number)
         batch = trainer._grouped(number, trainer.rows.rows(rows), epochs)
         corruption = trainer._corruption(number)
         assert isinstance(corruption, Masked)
         longest.append(int(block_lengths(batch)[predicted(batch)].max()))
         weights.append(corruption.cfg.weight)
-    assert longest[:2] == [1, 2]
-    assert longest[2] > 2
-    assert weights == ["exact", "one", "exact"]
+    assert longest[:4] == [1, 1, 2, 2]
+    assert min(longest[4:]) > 2
+    assert weights == ["exact", "exact", "one", "one", *["exact"] * 4]
 
 
 def test_blocks_of_one_token_are_charged_as_the_ar_model(tmp_path: Path) -> None:
