@@ -162,7 +162,8 @@ class Trainer:
                 taught = None if seen is None else seen.take(part)
                 totals += self._micro_batch(micro, epochs[part], counts, corruption, taught)
             elif self.sharded and any(counts.values()):
-                # No row, or padding alone, but the others need this rank in their collectives.
+                # No row, or padding alone, but the others need this rank in their collectives;
+                # what it measures serves nobody.
                 self._micro_batch(*self._filler(*everywhere), counts, corruption, share=0.0)
         self._local = totals.cpu()
         self.optimiser.sum_gradients(self.world)
@@ -248,7 +249,7 @@ class Trainer:
             loss.backward()
             measured = self._measured(terms, noised)
             totals[: len(measured)] += measured
-            totals[-1] += done.flops * (share > 0)  # a filler's passes serve nobody
+            totals[-1] += done.flops
         return totals
 
     def _nothing(self) -> torch.Tensor:

@@ -21,7 +21,7 @@ from abf.errors import ConfigError, Interrupted
 from abf.model.store import with_edit_heads, with_granularities
 from abf.train import checkpoint
 from abf.train.parallel import World, world
-from abf.train.shard import RANKS_PER_NODE, whole
+from abf.train.shard import RANKS_PER_NODE, shard, whole
 from abf.train.step import StepResult, Trainer
 from tests.train import tiny_run
 from tests.train.equality import curve, events
@@ -159,6 +159,17 @@ def test_torchrun_follows_the_curve_of_one_process(
         assert tokens == known
         assert values == pytest.approx(reference, rel=1e-5, abs=1e-6)
     assert events(tmp_path) == ["start", *["checkpoint"] * 4, "finished"]
+
+
+@pytest.mark.parametrize(("size", "locals_"), [(3, [2, 2, 2]), (4, [2, 1, 1, 2])])
+def test_nodes_of_other_sizes_take_no_hybrid_shards(
+    monkeypatch: pytest.MonkeyPatch, size: int, locals_: list[int]
+) -> None:
+    """Three ranks in nodes of two, and nodes of two beside nodes of one; each rank refuses."""
+    monkeypatch.setattr(World, "gather", lambda self, value: locals_)
+    monkeypatch.setenv(RANKS_PER_NODE, str(locals_[0]))
+    with pytest.raises(ConfigError, match=rf"'hybrid', but {size} ranks are not nodes of equal"):
+        shard(torch.nn.Linear(2, 2), new_model(), World(0, size), "hybrid")
 
 
 def test_an_incomplete_environment_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
