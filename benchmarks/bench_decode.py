@@ -8,29 +8,33 @@ Letters: k tokens committed a step, S slots a block, B requests side by side.
 
 from __future__ import annotations
 
+import statistics
 import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from abf.base import build
+from abf.decode import engine as engine_room
 from abf.decode import request
 from abf.decode.config import FixedExtent, SamplerConfig
 from abf.decode.edits import Edits
 from abf.decode.engine import Engine
+from abf.decode.reading import Head, Logits, head_of
 from abf.decode.replay import replay
 from abf.decode.request import Prompt, RequestState
 from abf.decode.strategy.ar import Ar
 from abf.decode.trace import TraceWriter
 from abf.decode.view import Action, BlockSummary, BlockView, RequestMeta, Tokens
+from abf.hardware import bf16_instructions
 from abf.model.config import ModelConfig
 from abf.model.transformer import Transformer
 from benchmarks.statistics import Row, ratio_row
@@ -50,14 +54,14 @@ QUICK = SHAPE.model_copy(update={"d_model": 128, "layers": 2, "d_ff": 352, "head
 S, PROMPT = 16, 64
 
 
-class Endless(Transformer):
-    """Never proposes the document token, so that every request delivers as many tokens."""
-
-    def logits(self, hidden: Tensor) -> Tensor:
-        """[..., d] -> [..., V]."""
-        found = super().logits(hidden)
-        found[..., self.config.document_id] = -torch.inf
-        return found
+def endless(config: ModelConfig) -> Transformer:
+    """A random model that never proposes the document token, whose logit is 0 and thus never the
+    largest of thousands: every request delivers as many tokens."""
+    model = Transformer(config)
+    model.initialise(torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        model.head_weight[config.document_id] = 0
+    return model.eval()
 
 
 class Forced:
@@ -93,9 +97,7 @@ class Times:
 def run(quick: bool = False) -> list[Row]:
     """Figures of the table."""
     torch.set_num_threads(1)
-    model = Endless(QUICK if quick else SHAPE)
-    model.initialise(torch.Generator().manual_seed(0))
-    model.eval()
+    model = endless(QUICK if quick else SHAPE)
     rounds, new_tokens = (3, 16) if quick else (7, 64)
     parameters = sum(p.numel() for p in model.parameters()) / 1e6
     rows: list[Row] = []
@@ -134,10 +136,49 @@ def run(quick: bool = False) -> list[Row]:
                     "goal at least 100",
                 )
             )
+    return rows + head_rows(quick)
+
+
+def head_rows(quick: bool) -> list[Row]:
+    """Reading the likeliest tokens alone, by `masked_loss.predict`, over reading all logits."""
+    rows: list[Row] = []
+    rounds, new_tokens = (3, 16) if quick else (9, 32)
+    heads = {"logits": all_logits, "likeliest": head_of}
+    kinds = ["fp32", "bf16"] if bf16_instructions() else ["fp32"]
+    for vocab, precision in product((8192, 49152), kinds):
+        model = endless((QUICK if quick else SHAPE).model_copy(update={"vocab_size": vocab}))
+        for batch, k in product((1, 8), (None, 4)):
+            one = engine(model, k, precision=precision)
+            times: dict[str, list[float]] = {name: [] for name in heads}
+            for number in range(-1, rounds):
+                for name, part in times.items():
+                    with patch.object(engine_room, "head_of", heads[name]):
+                        spent = measured(one, batch, new_tokens).decode
+                    if number >= 0:
+                        part.append(spent)
+            seconds = ", ".join(
+                f"{name} {1e3 * statistics.median(part):.0f} ms" for name, part in times.items()
+            )
+            rows.append(
+                ratio_row(
+                    f"likeliest tokens over all logits, V={vocab}, {precision}, B={batch}, "
+                    + ("AR" if k is None else f"block at k={k}"),
+                    times["logits"],
+                    times["likeliest"],
+                    f"whole decode of {new_tokens} tokens each: {seconds}; {rounds} rounds",
+                )
+            )
     return rows
 
 
-def engine(model: Transformer, k: int | None) -> Engine:
+def all_logits(
+    model: Transformer, sampler: SamplerConfig, forbidden: tuple[int, ...], *, backend: str
+) -> Head:
+    """As `head_of`, whatever is needed."""
+    return Logits(model, sampler, forbidden)
+
+
+def engine(model: Transformer, k: int | None, precision: str = "fp32") -> Engine:
     """AR for None, else blocks of S with k tokens a step."""
     extent = FixedExtent(length=1 if k is None else S)
     return Engine(
@@ -147,6 +188,7 @@ def engine(model: Transformer, k: int | None) -> Engine:
         sampler=SamplerConfig(),
         shift=True,
         seed=0,
+        precision=precision,
     )
 
 

@@ -1,6 +1,6 @@
 """Requests side by side in one forward pass: rows sent, rows read, and who sees whom.
 
-Letters: B requests, M rows of the longest, R rows read, d width, V vocabulary.
+Letters: B requests, M rows of the longest, R rows read.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from abf.decode.reading import Head, Said, at
 from abf.decode.request import RequestState
 from abf.model.attention import CacheAttend
 from abf.model.cache import KVCache
@@ -42,17 +43,16 @@ class Batch:
 
     requests: list[RequestState]
     cache: KVCache
-    last_state: Tensor
-    """[B, d] state of the last committed token."""
-    last_logits: Tensor
-    """[B, V] float32, its next-token logits."""
+    head: Head
+    last: Said
+    """Of each, what the head says at the last committed token."""
 
     def keep(self, rows: Sequence[int]) -> None:
         """Only these requests stay, in this order."""
-        index = torch.tensor(rows, dtype=torch.int64, device=self.last_state.device)
+        index = torch.tensor(rows, dtype=torch.int64, device=self.last[0].device)
         self.requests = [self.requests[row] for row in rows]
         self.cache.select(index)
-        self.last_state, self.last_logits = self.last_state[index], self.last_logits[index]
+        self.last = at(self.last, index)
 
 
 def pad(

@@ -6,7 +6,7 @@ closed sends the delivered tokens (causal, an ordinary AR pass that fills the ca
 a block that fails its audit may be opened once more). So no request waits for another, and finished
 ones leave the batch.
 
-Letters: B requests, M rows of the longest, R rows read, d width, V vocabulary. NFE counts the
+Letters: B requests, M rows of the longest, R rows read. NFE counts the
 forward passes a request sends rows to, prefill apart; positions are those rows; the padding of
 shorter requests is not counted.
 """
@@ -30,8 +30,8 @@ from abf.decode.decide import step
 from abf.decode.observe import Limits, block_view
 from abf.decode.opener import Opener
 from abf.decode.prompts import check_prompts
+from abf.decode.reading import Said, at, head_of, joined
 from abf.decode.request import Prompt, RequestState, Sample
-from abf.decode.sampler import propose
 from abf.decode.trace import TraceWriter
 from abf.decode.view import ExtentPolicy, RequestMeta, Strategy
 from abf.diffusion.rng import uniform
@@ -62,7 +62,7 @@ class Engine:
             mean AR log-probability (nats) is below it.
         controls: what the text may not and must hold, and how long a block may be.
         granularity: mean block length that the model is told, one that it knows; none is told.
-        backend: attention back end.
+        backend: of attention and of the vocabulary head.
         precision: `fp32` or `bf16`.
         clean_stream: `context_causal`, a closed block is written causally; `block_causal`, its rows
             see each other (what such a model was trained on) and there is no AR audit.
@@ -161,7 +161,8 @@ class Engine:
         last = torch.arange(len(ids), device=self.device) * ids.shape[1] + lengths - 1
         states = model.hidden(ids, positions, attend, rows=last)
         cache.commit(lengths)
-        return Batch(requests, cache, states, model.logits(states).float())
+        head = head_of(model, self.sampler, self.controls.forbidden, backend=self.backend)
+        return Batch(requests, cache, head, head.read(states))
 
     def _decide_known(self, batch: Batch) -> None:
         """Decide where only a block's first slot is left and the row that predicts it is known.
@@ -178,7 +179,7 @@ class Engine:
         ]
         if rows:
             slots = [np.zeros(1, dtype=np.intp)] * len(rows)
-            self._decide(batch, rows, slots, batch.last_logits[rows])
+            self._decide(batch, rows, slots, at(batch.last, rows))
 
     def _forward(self, batch: Batch) -> int:
         """One pass for everyone; how many tokens of closed blocks it wrote to the cache."""
@@ -201,26 +202,25 @@ class Engine:
             told[plan.closing] = -1  # the clean stream is told nothing
         read = self._tensor(plan.read)
         states = self.model.hidden(ids, positions, attend, rows=read, granularity=told)
-        logits = torch.cat((self.model.logits(states).float(), batch.last_logits))
-        written = self._close(batch, plan, states, logits) if plan.closing else 0
+        said = joined(batch.head.read(states), batch.last)
+        written = self._close(batch, plan, said) if plan.closing else 0
         if plan.open:
             raw = None
             if edits:
                 own = self._tensor(np.concatenate(plan.own))
                 raw = self.model.edits(states[own]).float().cpu().split([*map(len, plan.own)])
             source = self._tensor(plan.source)
-            self._decide(batch, plan.open, plan.slots, logits[source], raw)
+            self._decide(batch, plan.open, plan.slots, at(said, source), raw)
         return written
 
-    def _close(self, batch: Batch, plan: Layout, states: Tensor, logits: Tensor) -> int:
+    def _close(self, batch: Batch, plan: Layout, said: Said) -> int:
         """Cache the closed blocks, audit their tokens, keep what the next blocks start from; open
         again what fails the audit. How many tokens were written."""
         sizes = [len(plan.sent[row]) for row in plan.closing]
         if self.causal:
-            before = logits[self._tensor(plan.audit)]
-            target = self._tensor(np.concatenate([plan.sent[r] for r in plan.closing]))
-            picked = before.gather(1, target.long().unsqueeze(1)).squeeze(1)
-            audit = (picked - before.logsumexp(dim=-1)).cpu().numpy().astype(np.float64)
+            before = at(said, self._tensor(plan.audit))
+            tokens = self._tensor(np.concatenate([plan.sent[r] for r in plan.closing]))
+            audit = batch.head.log_probs(before, tokens).cpu().numpy().astype(np.float64)
         else:
             audit = np.full(len(plan.audit), np.nan)
         parts = np.split(audit, np.cumsum(sizes)[:-1])
@@ -240,7 +240,8 @@ class Engine:
             lengths[row] = len(log_probs)
             state.written(log_probs)
         rows, last = np.array(plan.closing)[kept], self._tensor(plan.last[kept])
-        batch.last_state[rows], batch.last_logits[rows] = states[last], logits[last]
+        for kept_of, new in zip(batch.last, at(said, last), strict=True):
+            kept_of[rows] = new
         batch.cache.commit(self._tensor(lengths))
         return int(lengths.sum())
 
@@ -249,7 +250,7 @@ class Engine:
         batch: Batch,
         rows: list[int],
         slots: list[NDArray[np.intp]],
-        logits: Tensor,
+        said: Said,
         edits: Sequence[Tensor] | None = None,
     ) -> None:
         """Let the strategy act on some requests.
@@ -258,7 +259,7 @@ class Engine:
             batch: the requests.
             rows: which of them, ascending.
             slots: of each, the slots that were predicted, ascending.
-            logits: [R, V], of all their slots.
+            said: what the head says of all their slots.
             edits: of each, [n+1, E], if the strategy needs it.
         """
         counts = [len(part) for part in slots]
@@ -268,7 +269,7 @@ class Engine:
             keys = [(s.prompt.request, s.blocks, s.block.step) for s in states if s.block]
             each = np.array(keys).repeat(counts, axis=0)
             uniforms = uniform(TOKEN_STREAM, self.seed, *each.T, np.concatenate(slots))
-        proposals = propose(logits, self.sampler, uniforms, self.controls.forbidden)
+        proposals = batch.head.propose(said, uniforms)
         stops = np.cumsum(counts).tolist()
         for number, (row, stop, slot) in enumerate(zip(rows, stops, slots, strict=True)):
             state = batch.requests[row]

@@ -57,7 +57,7 @@ class Opener:
             return
         probs: Sequence[NDArray[np.float64] | None] = [None] * len(opening)
         if self.extent.needs_lengths:
-            before = batch.last_state[opening]
+            before = batch.last[0][opening]
             told = None
             if self.told is not None:
                 told = torch.full((len(opening),), self.told, device=before.device)

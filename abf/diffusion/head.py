@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from abf_kernels.masked_loss.api import CHUNK, Backend, masked_loss
+from abf_kernels.masked_loss.api import CHUNK, Backend, Prediction, masked_loss, predict
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -43,6 +43,24 @@ def head_nll(
     count(products(len(states), matrix.numel()))
     low = _precision(states)
     return masked_loss(states, matrix, target, weight, backend=backend, precision=low)
+
+
+def head_likeliest(states: Tensor, matrix: Tensor, *, top: int, backend: Backend) -> Prediction:
+    """Entropy and the `top` likeliest tokens of softmax(states @ matrix.T), without gradient.
+
+    Args:
+        states: [R, d].
+        matrix: [V, d]; see `multiplied`.
+        top: at most 8.
+        backend: back end of `abf_kernels.masked_loss`.
+    """
+    count(products(len(states), matrix.numel()))
+    return predict(states, matrix, top=top, backend=backend, precision=_precision(states))
+
+
+def multiplied(matrix: Tensor) -> Tensor:
+    """The matrix as the products take it: who multiplies often rounds it once, not every time."""
+    return matrix.to(_precision(matrix))
 
 
 def _precision(states: Tensor) -> torch.dtype:

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import numpy as np
 import pytest
 import torch
 from abf_kernels.masked_loss.api import Backend
 
+from abf.decode.strategy.threshold import Threshold
 from abf.diffusion.head import head_nll
 from abf.model.attention import CacheAttend
 from abf.model.cache import KVCache
+from tests.decode import tiny
 from tests.diffusion.rows import V, tiny_model
 
 
@@ -34,6 +39,19 @@ def decoded(backend: Backend) -> list[torch.Tensor]:
 def test_decoding(backend: Backend) -> None:
     for one, other in zip(decoded(backend), decoded("tiles"), strict=True):
         torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+def test_the_engine(backend: Backend, tmp_path: Path) -> None:
+    """Attention, proposals and audit of whole blocks."""
+    model, samples = tiny.tiny_model(), []
+    for name in (backend, "tiles"):
+        engine = tiny.tiny_engine(model, Threshold(0.5), backend=name)
+        prompts = tiny.tiny_prompts(2)
+        samples.append(tiny.tiny_decode(tmp_path / name, engine, prompts, new_tokens=12))
+    for one, other in zip(*samples, strict=True):
+        assert one.token_ids.tolist() == other.token_ids.tolist()
+        np.testing.assert_allclose(one.log_probs, other.log_probs, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("backend", ["reference", "triton"])
