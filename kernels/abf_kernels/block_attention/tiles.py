@@ -7,6 +7,7 @@ is the cheaper. The maths, the bfloat16 numerics and the measurements are in REA
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from torch.nn import functional as F
 from abf_kernels.block_attention.plan import Run, Tile, plan_tiles
 
 ROWS = 128  # queries of a tile: fewer waste less at ragged edges, more cost less per operation
-SCRATCH = 1 << 19  # most score elements held at once, as far as one kv head allows
+SCRATCH = 1 << 19  # most elements of scores, and of key gradients, as far as one kv head allows
 
 FAR = -1e30  # score of an invisible key, per key of distance to the ranges; finite, hence no NaN
 FLOOR = -1e29  # maximum of a row that sees nothing: above FAR / 2, below any score
@@ -46,6 +47,7 @@ class _Step:
     tile: Tile
     biases: list[Tensor]  # one [T, run] for each masked run of the tile
     kv_heads: slice
+    places: slice  # of the kv heads in their group
     heads: slice
     shape: tuple[int, int, int]  # (g, R*T, S), of the scores
 
@@ -68,11 +70,11 @@ class _Step:
         return spans[0].contiguous() if len(spans) == 1 else torch.cat(spans, 1)
 
     def add(self, x: Tensor, value: Tensor) -> None:
-        """Add value [g,D,S] to the keys of x [B,G,D,N] that it belongs to."""
+        """Add value [g,D,S] to the keys that it belongs to of x [heads of the group,D,N]."""
         column = 0
         for start, end in self.tile.spans:
             part = value[:, :, column : column + end - start]
-            x[self.row, self.kv_heads, :, start:end] += part
+            x[self.places, :, start:end] += part
             column += end - start
 
     def mask(self, scores: Tensor) -> None:
@@ -98,37 +100,29 @@ class _Work:
         self.half = ((end - start) / 2).unsqueeze(-1)
         self.position = torch.arange(n_keys, dtype=self.wide, device=q.device)
 
-    def steps(self) -> Iterator[_Step]:
-        for row, tiles in enumerate(self.tiles):
-            for tile in tiles:
-                if not tile.columns:
-                    continue
-                biases = [self._bias(row, tile, run) for run in tile.masked]
-                rows, parts = self.repeat * tile.height, self._parts(tile)
-                for part in range(parts):
-                    first = part * self.kv_heads // parts
-                    last = (part + 1) * self.kv_heads // parts
-                    heads = slice(first * self.repeat, last * self.repeat)
-                    shape = (last - first, rows, tile.columns)
-                    yield _Step(row, tile, biases, slice(first, last), heads, shape)
+    def steps(self, row: int, group: range) -> Iterator[_Step]:
+        """Over the tiles of a batch row, for a group of kv heads."""
+        for tile in self.tiles[row]:
+            if not tile.columns:
+                continue
+            biases = [self._bias(row, tile, run) for run in tile.masked]
+            for part in _groups(group, self._head_scores(tile)):
+                heads = slice(part.start * self.repeat, part.stop * self.repeat)
+                shape = (len(part), self.repeat * tile.height, tile.columns)
+                kv_heads, first = slice(part.start, part.stop), part.start - group.start
+                places = slice(first, first + len(part))
+                yield _Step(row, tile, biases, kv_heads, places, heads, shape)
 
-    def scratch_size(self) -> int:
+    def scratch_size(self, groups: list[range]) -> int:
         """Elements of the largest score array among the steps."""
-        return max(
-            (
-                -(-self.kv_heads // self._parts(tile)) * self._head_scores(tile)
-                for tiles in self.tiles
-                for tile in tiles
-            ),
-            default=0,
+        scores = {self._head_scores(tile) for tiles in self.tiles for tile in tiles}
+        sizes = (
+            len(part) * size for size in scores for group in groups for part in _groups(group, size)
         )
+        return max(sizes, default=0)
 
     def _head_scores(self, tile: Tile) -> int:
         return self.repeat * tile.height * tile.columns
-
-    def _parts(self, tile: Tile) -> int:
-        """Into how many groups the kv heads are split so that a group's scores fit SCRATCH."""
-        return max(1, min(self.kv_heads, -(-self.kv_heads * self._head_scores(tile) // SCRATCH)))
 
     def _bias(self, row: int, tile: Tile, run: Run) -> Tensor:
         """[T, run] 0 where the key is visible, else FAR times its distance to the row's ranges."""
@@ -142,14 +136,25 @@ class _Work:
         return nearest.clamp_min_(0).mul_(FAR)
 
 
-class _Scratch:
-    """Memory for one step's scores, in the accumulator's dtype and in that of the GEMM operands."""
+def _groups(heads: range, elements: int) -> list[range]:
+    """As few groups of heads as hold SCRATCH each at most, of so many elements a head."""
+    count = len(heads)
+    parts = max(1, min(count, -(-count * elements // SCRATCH)))
+    return [heads[i * count // parts : (i + 1) * count // parts] for i in range(parts)]
 
-    def __init__(self, work: _Work, like: Tensor) -> None:
-        size = work.scratch_size()
+
+class _Scratch:
+    """Memory for one step's scores, in the accumulator's dtype and in that of the GEMM operands.
+
+    The latter may be shared: nobody reads it beyond the product that it was written for.
+    """
+
+    def __init__(self, size: int, work: _Work, like: Tensor, narrow: Tensor | None = None) -> None:
         self.wide = torch.empty(size, dtype=work.wide, device=like.device)
         self.is_narrow = like.dtype != work.wide
-        self.narrow = torch.empty_like(self.wide, dtype=like.dtype) if self.is_narrow else self.wide
+        if not self.is_narrow:
+            narrow = self.wide
+        self.narrow = torch.empty_like(self.wide, dtype=like.dtype) if narrow is None else narrow
 
     def product(
         self, step: _Step, left: Tensor, right: Tensor, alpha: float, start: Tensor | None = None
@@ -184,8 +189,9 @@ class _TiledAttention(torch.autograd.Function):
         out = torch.zeros(q.shape, dtype=q.dtype, device=q.device)
         top = torch.zeros(*q.shape[:3], 1, dtype=q.dtype, device=q.device)
         log_sum = torch.zeros(*q.shape[:3], 1, dtype=work.wide, device=q.device)
-        scratch = _Scratch(work, q)
-        for step in work.steps():
+        heads = range(work.kv_heads)
+        scratch = _Scratch(work.scratch_size([heads]), work, q)
+        for step in itertools.chain(*(work.steps(row, heads) for row in range(len(q)))):
             qt, kt, vt = step.queries(q), step.keys(k), step.keys(v)
             scores = scratch.product(step, qt, kt, alpha)
             step.mask(scores)
@@ -233,37 +239,44 @@ def _gradients(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v, from weights computed anew."""
     alpha = scale * math.log2(math.e)
+    groups = _groups(range(work.kv_heads), k.shape[2] * k.shape[3])
+    delta = torch.empty_like(top)
+    for row, group in itertools.product(range(len(q)), groups):
+        heads = slice(group.start * work.repeat, group.stop * work.repeat)
+        products = grad_out[row, heads].to(work.wide) * out[row, heads]
+        delta[row, heads] = products.sum(-1, keepdim=True)
+        del products
     grad_q = torch.zeros(q.shape, dtype=q.dtype, device=q.device)
+    grad_k, grad_v = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (k, v))
+    size = work.scratch_size(groups)
+    for_weights = _Scratch(size, work, q)
+    for_grads = _Scratch(size, work, q, for_weights.narrow)
+    # Wide sums of one group at a time; those of all heads would be the most memory there is.
     # Keys last: x^T w is a quarter faster than w^T x in float32.
-    key_shape = (*k.shape[:2], k.shape[3], k.shape[2])
-    grad_k = torch.zeros(key_shape, dtype=work.wide, device=k.device)
-    grad_v = torch.zeros(key_shape, dtype=work.wide, device=v.device)
-    for_weights, for_grads = _Scratch(work, q), _Scratch(work, q)
-    for step in work.steps():
-        qt, kt, vt = step.queries(q), step.keys(k), step.keys(v)
-        grad_t = step.queries(grad_out)
-        weights = for_weights.product(step, qt, kt, alpha, start=-step.queries(top))
-        step.mask(weights.sub_(step.queries(log_sum)))
-        weights.exp2_()
-        step.add(grad_v, torch.bmm(grad_t.mT, for_weights.operand(step, weights)))
+    shape = (2, max(map(len, groups)), k.shape[3], k.shape[2])
+    all_sums = torch.empty(shape, dtype=work.wide, device=k.device)
+    for row, group in itertools.product(range(len(q)), groups):
+        sums = all_sums[:, : len(group)].zero_()
+        for step in work.steps(row, group):
+            qt, kt, vt = step.queries(q), step.keys(k), step.keys(v)
+            grad_t = step.queries(grad_out)
+            weights = for_weights.product(step, qt, kt, alpha, start=-step.queries(top))
+            step.mask(weights.sub_(step.queries(log_sum)))
+            weights.exp2_()
+            step.add(sums[1], torch.bmm(grad_t.mT, for_weights.operand(step, weights)))
 
-        # As with the maximum: dP - delta cancels, so most of delta goes in before the rounding.
-        # The rest is taken from these very weights: `out` was rounded to q's dtype, and where one
-        # key holds nearly all weight (attention sinks) that error is larger than the gradient.
-        delta = (grad_t.to(work.wide) * step.queries(out)).sum(-1, keepdim=True)
-        grads = for_grads.product(step, grad_t, vt, 1.0, start=-delta.to(q.dtype))
-        grads.sub_((weights * grads).sum(-1, keepdim=True)).mul_(weights)
-        operand = for_grads.operand(step, grads)
-        step.put(grad_q, torch.bmm(operand, kt).mul_(scale))
-        step.add(grad_k, torch.bmm(qt.mT, operand))
-    del for_weights, for_grads
-    grad_k = _keys_first(grad_k.mul_(scale), k.dtype)  # one at a time, to free the wide one
-    return grad_q, grad_k, _keys_first(grad_v, v.dtype)
-
-
-def _keys_first(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """[B,G,D,N] -> [B,G,N,D] of that dtype, a matrix at a time: only those transpose in blocks."""
-    out = torch.empty(*x.shape[:2], x.shape[3], x.shape[2], dtype=dtype, device=x.device)
-    for target, source in zip(out.flatten(0, 1), x.flatten(0, 1), strict=True):
-        target.copy_(source.T.contiguous())
-    return out
+            # As with the maximum: dP - delta cancels, so most of delta goes in before the rounding.
+            # The rest is taken from these very weights: `out` was rounded to q's dtype, and where
+            # one key holds nearly all weight (attention sinks) that error is larger than the
+            # gradient.
+            grads = for_grads.product(step, grad_t, vt, 1.0, start=-step.queries(delta))
+            grads.mul_(weights)
+            grads.addcmul_(weights, grads.sum(-1, keepdim=True), value=-1)
+            operand = for_grads.operand(step, grads)
+            step.put(grad_q, torch.bmm(operand, kt).mul_(scale))
+            step.add(sums[0], torch.bmm(qt.mT, operand))
+        sums[0] *= scale
+        for wide, grad in zip(sums, (grad_k, grad_v), strict=True):
+            for source, head in zip(wide, group, strict=True):
+                grad[row, head] = source.T.contiguous()  # only whole matrices transpose in blocks
+    return grad_q, grad_k, grad_v
