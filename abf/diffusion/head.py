@@ -100,11 +100,13 @@ class _HeadReads(torch.autograd.Function):
         floor = torch.zeros(len(states), dtype=wide, device=states.device)
         with torch.autocast(states.device.type, enabled=False):
             matrix_low = matrix.to(low)
+            least = floor.new_tensor(mix / len(matrix))
             for part in _parts(states, matrix):
                 log_probs = (states[part].to(low) @ matrix_low.T).log_softmax(dim=1, dtype=wide)
                 found[part] = log_probs.gather(1, tokens[part])
                 if mix:
-                    mixed = log_probs.exp_().mul_(1 - mix).add_(mix / len(matrix))
+                    probs = log_probs.exp_()
+                    mixed = torch.add(least, probs, alpha=1 - mix, out=probs)
                     floor[part] = mixed.log_().mean(dim=1)
         ctx.save_for_backward(states, matrix, tokens)
         ctx.mix, ctx.low = mix, low
@@ -124,13 +126,18 @@ class _HeadReads(torch.autograd.Function):
                 low = states[part].to(ctx.low)
                 probs = (low @ matrix_low.T).softmax(dim=1, dtype=grad_found.dtype)
                 # d log p(v) / d logits = one-hot(v) - p, summed over what came from above.
-                slope = probs * -grad_found[part].sum(dim=1, keepdim=True)
-                slope.scatter_add_(1, tokens[part], grad_found[part])
+                given = grad_found[part]
+                lost = given.sum(dim=1, keepdim=True)
                 if ctx.mix:
-                    mixed = (1 - ctx.mix) * probs
-                    ratio = mixed / (mixed + ctx.mix / len(matrix))
-                    pull = ratio - probs * ratio.sum(dim=1, keepdim=True)
-                    slope += pull * (grad_floor[part, None] / len(matrix))
+                    # As few passes and temporaries as there can be: there are V numbers a row.
+                    mixed = probs + ctx.mix / (1 - ctx.mix) / len(matrix)
+                    ratio = torch.div(probs, mixed, out=mixed)
+                    pull = grad_floor[part, None] / len(matrix)
+                    lost = lost + ratio.sum(dim=1, keepdim=True) * pull
+                    slope = ratio.mul_(pull).addcmul_(probs, lost, value=-1)
+                else:
+                    slope = probs.mul_(-lost)
+                slope.scatter_add_(1, tokens[part], given)
                 slope = slope.to(ctx.low)
                 grad_states[part] = slope @ matrix_low
                 grad_matrix += slope.T @ low
