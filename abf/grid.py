@@ -11,7 +11,7 @@ import difflib
 import itertools
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -19,7 +19,7 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from abf.base import ConfigModel, Seed
-from abf.checked import Where, find, in_file, read_yaml, validate
+from abf.checked import Keys, Where, find, in_file, read_yaml, validate
 from abf.config import LONGEST_ARM, ArmName, Name, RunConfig, load
 from abf.errors import ConfigError
 
@@ -90,7 +90,7 @@ def load_study(path: Path) -> Study:
         return Study(config.study, path, (Cell(f"{config.arm}-s{config.seed}", config),))
     spec = validate(GridSpec, raw, in_file(path))
     base = (path.parent / spec.base).resolve()
-    document = _read(base, in_file(path)(("base",)), f"base: {spec.base}", path)
+    document = _read(base, ("base",), f"base: {spec.base}", path)
     if isinstance(document.get("base"), str) or GRID & document.keys():
         place = in_file(path)(("base",))
         raise ConfigError(f"{place}: base: {spec.base} is a grid itself; name the file of a run")
@@ -98,7 +98,7 @@ def load_study(path: Path) -> Study:
     arms = {arm: _with_recipe(overrides, arm, path) for arm, overrides in spec.arms.items()}
     for arm, name, values in _combinations(spec, path):
         changes = [*arms[arm].items(), *values.items()]
-        cell = _apply(document, changes, f"{in_file(path)(('arms', arm))}: arm {name!r}")
+        cell = _apply(document, changes, lambda arm=arm, name=name: _arm(path, arm, name))
         where = _where(path, spec, arm, name, base)
         for seed in spec.seeds:
             stated = {**cell, "study": spec.study, "arm": name, "seed": seed}
@@ -135,11 +135,12 @@ def _check_run(path: Path, raw: Mapping[str, Any]) -> None:
         )
 
 
-def _read(file: Path, place: str, said: str, path: Path) -> dict[str, Any]:
-    """A file that a grid names."""
+def _read(file: Path, keys: Keys, said: str, path: Path) -> dict[str, Any]:
+    """A file that a grid names, at these keys."""
     if not file.is_file():
         raise ConfigError(
-            f"{place}: {said}: {file} does not exist; name it relative to the folder of {path}"
+            f"{in_file(path)(keys)}: {said}: {file} does not exist; name it relative to the "
+            f"folder of {path}"
         )
     return read_yaml(file)
 
@@ -151,7 +152,7 @@ def _where(path: Path, spec: GridSpec, arm: str, name: str, base: Path) -> Where
     if recipe:
         places.append(((path.parent / recipe).resolve(), ()))
 
-    def where(keys: tuple[str | int, ...]) -> str:
+    def where(keys: Keys) -> str:
         cell = f"arm {name!r} over {spec.base}"
         for file, below in [*places, (base, ())]:
             depth, line = find(file, keys, below=below)
@@ -163,6 +164,10 @@ def _where(path: Path, spec: GridSpec, arm: str, name: str, base: Path) -> Where
     return where
 
 
+def _arm(path: Path, arm: str, name: str) -> str:
+    return f"{in_file(path)(('arms', arm))}: arm {name!r}"
+
+
 def _with_recipe(overrides: Overrides, arm: str, path: Path) -> Overrides:
     """Overrides of an arm, those of its recipe before its own."""
     for key in set(overrides) - set(RunConfig.model_fields) - {"recipe"}:
@@ -172,10 +177,11 @@ def _with_recipe(overrides: Overrides, arm: str, path: Path) -> Overrides:
     named = overrides.get("recipe")
     if named is None:
         return overrides
-    place = in_file(path)(("arms", arm, "recipe"))
+    keys = ("arms", arm, "recipe")
     if not isinstance(named, str):
+        place = in_file(path)(keys)
         raise ConfigError(f"{place}: recipe: {named!r} is no file name; write `recipe: FILE.yaml`")
-    recipe = _read((path.parent / named).resolve(), place, f"recipe: {named}", path)
+    recipe = _read((path.parent / named).resolve(), keys, f"recipe: {named}", path)
     return recipe | {key: value for key, value in overrides.items() if key != "recipe"}
 
 
@@ -189,7 +195,7 @@ def _combinations(spec: GridSpec, path: Path) -> Iterator[tuple[str, str, Overri
                 f"allowed: {', '.join(known)}"
             )
     axes = [
-        _named(key, values, f"{in_file(path)(('axes', key))}: axes.{key}")
+        _named(key, values, lambda key=key: f"{in_file(path)(('axes', key))}: axes.{key}")
         for key, values in spec.axes.items()
     ]
     for arm, combination in itertools.product(spec.arms, itertools.product(*axes)):
@@ -207,7 +213,9 @@ def _combinations(spec: GridSpec, path: Path) -> Iterator[tuple[str, str, Overri
         yield arm, name, values
 
 
-def _named(key: str, values: Iterable[Any], origin: str) -> list[tuple[str, Any, str]]:
+def _named(
+    key: str, values: Iterable[Any], origin: Callable[[], str]
+) -> list[tuple[str, Any, str]]:
     """Axis, value, and what names call the value: a mapping by its kind, the rest as in YAML."""
     named: dict[str, Any] = {}
     for value in values:
@@ -215,20 +223,20 @@ def _named(key: str, values: Iterable[Any], origin: str) -> list[tuple[str, Any,
         text = kind if isinstance(kind, str) else json.dumps(value, default=str)
         if not re.fullmatch(r"[a-z0-9_.=+-]+", text):
             raise ConfigError(
-                f"{origin}: {value!r} cannot be part of an arm's name (small letters, digits and "
+                f"{origin()}: {value!r} cannot be part of an arm's name (small letters, digits and "
                 "_.=+- only; a mapping is named by its `kind`); make its variants arms instead"
             )
         if text in named:
             raise ConfigError(
-                f"{origin}: two values are named {text!r}; list a value once (mappings of the same "
-                "`kind` are not told apart: make them arms instead)"
+                f"{origin()}: two values are named {text!r}; list a value once (mappings of the "
+                "same `kind` are not told apart: make them arms instead)"
             )
         named[text] = value
     return [(key, value, text) for text, value in named.items()]
 
 
 def _apply(
-    document: Mapping[str, Any], changes: Iterable[tuple[str, Any]], origin: str
+    document: Mapping[str, Any], changes: Iterable[tuple[str, Any]], origin: Callable[[], str]
 ) -> dict[str, Any]:
     """A deep copy of the document with each dotted path set to its value, in this order."""
     result = copy.deepcopy(dict(document))
@@ -237,7 +245,7 @@ def _apply(
         for before in done:
             if f"{before}.".startswith(f"{path}."):
                 raise ConfigError(
-                    f"{origin}: {path} (value {value!r}) replaces {before}, which the arm or an "
+                    f"{origin()}: {path} (value {value!r}) replaces {before}, which the arm or an "
                     "axis sets too; set it in one of them"
                 )
         *parents, last = path.split(".")
@@ -246,7 +254,7 @@ def _apply(
             here = here.setdefault(parent, {})
             if not isinstance(here, dict):
                 stem = ".".join(parents[: depth + 1])
-                raise ConfigError(f"{origin}: {path}: {stem} holds no keys (value {here!r})")
+                raise ConfigError(f"{origin()}: {path}: {stem} holds no keys (value {here!r})")
         here[last] = copy.deepcopy(value)
         done.append(path)
     return result
