@@ -17,14 +17,14 @@ from abf.diffusion.config import (
     MaskedCorruption,
     PathCorruption,
 )
-from abf.diffusion.corrupt.base import build_corruption
+from abf.diffusion.corrupt.base import Noised, build_corruption
 from abf.diffusion.layout import block_starts, positions, run_starts
-from abf.diffusion.loss import block_charges, scatter
+from abf.diffusion.loss import Charges, block_charges, scatter
 from abf.diffusion.regroup import drop_history
 from abf.model.store import with_edit_heads
 from abf.train.config import BlockObjective
 from abf.train.step import Trainer
-from tests.diffusion.rows import V, make_batch, take, tiny_model
+from tests.diffusion.rows import V, make_batch, noise, take, tiny_model
 from tests.train.tiny_run import new_model, tiny_config, write_rows
 
 L = 26
@@ -91,6 +91,45 @@ def test_a_dropped_block_is_charged_by_the_sinks_and_itself(corruption: Corrupti
     assert charged.any()
     assert (charges[0][behind] == charges[2][behind]).all()
     assert (charges[0][charged] != charges[1][charged]).all()
+
+
+def test_without_sinks_a_dropped_block_is_a_document_of_its_own() -> None:
+    """Each block goes through the model by itself, in a row and a document that hold nothing else;
+    what it is charged there, in both streams, is what it is charged among the others."""
+    noised = noise(BATCH)
+    model = tiny_model(max_block=8)
+    loss = LossConfig(shift=False)
+
+    def charged(batch: PackedBatch, noisy: Noised) -> dict[str, Charges]:
+        return block_charges(
+            model, batch, noisy, loss=loss, backend="reference", terms=("nelbo", "ar")
+        )
+
+    found = charged(forgetful(BATCH, HistoryConfig(dropout=1.0, sinks=0)), noised)
+    nelbo, ar = (scatter(found[name], BATCH) for name in ("nelbo", "ar"))
+    seen = 0
+    for row in range(len(BATCH.token_ids)):
+        for block in np.unique(BATCH.block_id[row][BATCH.document_id[row] >= 0]):
+            at = np.flatnonzero(BATCH.block_id[row] == block)
+            index = row, at
+            size = len(at)
+            zero = np.zeros((1, size), dtype=np.int64)
+            alone = charged(
+                PackedBatch(BATCH.token_ids[index][None], zero, zero, np.zeros(1, np.int64)),
+                Noised(
+                    noised.noisy_ids[index][None],
+                    zero,
+                    noised.masked[index][None],
+                    noised.weight[index][None],
+                ),
+            )
+            own = {name: charges.nll.double().detach().numpy() for name, charges in alone.items()}
+            # Charges come in the order of their slots.
+            np.testing.assert_allclose(nelbo[index][noised.masked[index]], own["nelbo"], rtol=1e-9)
+            # A document charges no first token: in the row, the clean token before it tells that.
+            np.testing.assert_allclose(ar[index][1:], own["ar"], rtol=1e-9)
+            seen += len(own["nelbo"])
+    assert seen == noised.masked.sum() > 10
 
 
 def test_a_stage_drops_and_the_next_does_not(tmp_path: Path) -> None:
