@@ -100,7 +100,7 @@ LAYOUTS = {
     "blocks_of_one": [[[1] * 40]],
     "one_block": [[[50]]],
     "longer_than_a_tile": [[[3, 150, 7]]],
-    "straddling_tiles": [[[100, 60, 100, 40]]],
+    "straddling_tiles": [[[100, 60, 20]]],
     "ragged_tail": [[[5, 9, 2, 20, 1, 30, 13, 11]]],
     "several_documents": [[[4, 7], [1], [30, 2, 11], [3, 3, 3, 3]]],
     "rows_that_differ": [[[20, 20], [17, 3]], [[1, 2, 3, 4], [50]], [[60]]],

@@ -30,7 +30,6 @@ def test_a_training_step(tmp_path: Path, kind: str) -> None:
         trainer = Trainer(tiny_config(**changes), seed=0, model=new_model(), packed=packed)
         sums, *counts, _ = trainer.gradients(0)
         runs.append((sums, counts, trainer.optimiser.gradients))
-        assert trainer.step(0).loss > 0
     (sums, counts, gradients), (wanted_sums, wanted_counts, wanted) = runs
     assert counts == wanted_counts
     assert sums == pytest.approx(wanted_sums, rel=1e-5)
