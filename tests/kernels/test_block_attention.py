@@ -159,6 +159,41 @@ def test_projection_layout_and_expanded_gradients(backend):
     torch.testing.assert_close(actual, wanted, rtol=tolerance, atol=tolerance)
 
 
+def test_the_same_input_gives_the_same_bits(backend):
+    """Of out, lse, dq, dk and dv, where many queries add to one key and heads share it."""
+    document_id, block_id = ids_of([[[7, 13, 20]]])
+    ranges = two_stream_ranges(document_id, block_id, clean_stream="context_causal")
+    inputs = [torch.randn(1, heads, ranges.shape[1], 16) for heads in (2, 1, 1)]
+    grad_out = torch.randn(inputs[0].shape)
+    runs = []
+    for _ in range(2):
+        # Elsewhere in memory, with a plan of their own.
+        leaves = [x.clone().requires_grad_() for x in inputs]
+        out, lse = block_attention(*leaves, ranges.clone(), backend=backend, return_lse=True)
+        runs.append([out, lse, *torch.autograd.grad(out, leaves, grad_out)])
+    for one, other in zip(*runs, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_offsets_beyond_32_bits(backend):
+    """Heads 2^31 elements apart, of which only the pages in use exist."""
+    apart = (1 << 31) + 256
+    storage = torch.UntypedStorage(2 * (apart + 40 * 64))
+    far = torch.tensor([], dtype=torch.float16)
+    far = far.set_(storage, 0, (1, 2, 40, 64), (0, apart, 64, 1))
+    near = torch.randn(1, 2, 40, 64).half()
+    far.copy_(near)
+    ranges = causal_ranges(torch.zeros(1, 40, dtype=torch.int64))
+    runs = []
+    for x in (far, near):
+        leaves = [x.detach().requires_grad_() for _ in range(3)]
+        out = block_attention(*leaves, ranges, backend=backend)
+        # As they lie: a gradient that autograd adds up itself would be copied side by side.
+        runs.append((out, *torch.autograd.grad(out, leaves, x)))
+    for one, other in zip(*runs, strict=True):
+        assert torch.equal(one, other)
+
+
 def test_autocast_does_not_lower_float32(backend):
     ranges = causal_ranges(torch.zeros(1, 40, dtype=torch.int64))
     q = torch.randn(1, 2, 40, 16, requires_grad=True)

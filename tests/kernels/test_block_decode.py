@@ -10,7 +10,6 @@ import dataclasses
 import itertools
 import math
 from dataclasses import dataclass
-from typing import get_args
 
 import numpy as np
 import pytest
@@ -18,7 +17,6 @@ import torch
 from abf_kernels.block_decode import tiles
 from abf_kernels.block_decode import triton as kernels
 from abf_kernels.block_decode.api import (
-    Backend,
     Requests,
     block_decode,
     decode_part,
@@ -265,133 +263,6 @@ def test_heads_may_lie_apart(backend):
     strided = [torch.stack((x, x), dim=1)[:, 1] for x in case.tensors]
     assert not strided[0].is_contiguous()
     assert torch.equal(block_decode(*strided, case.asked, backend=backend), wanted)
-
-
-def described(**changes):
-    """Valid requests (B=2, T=3, S=4, C=6, N=5, P=5) with some replaced."""
-    given = {
-        "table": torch.tensor([[0, 1, -1], [2, 4, 5]]),
-        "lengths": torch.tensor([5, 12]),
-        "queries": torch.tensor([[0, 2], [2, 5]]),
-        "own": torch.tensor([[0, 2], [2, 5]]),
-        "seen": torch.tensor([1, 2, 3, 3, 3]),
-    }
-    sizes = {"page_size": 4, "pages": 6, "rows": 5, "own_rows": 5}
-    given |= {name: value for name, value in changes.items() if name in given}
-    sizes |= {name: value for name, value in changes.items() if name in sizes}
-    return {name: x.int() if x.dtype == torch.int64 else x for name, x in given.items()} | sizes
-
-
-BAD_REQUESTS = {
-    "table must be int32": {"table": torch.zeros(2, 3)},
-    "lengths must be int32": {"lengths": torch.zeros(2, dtype=torch.int16)},
-    "seen must have table's device": {"seen": torch.zeros(5, dtype=torch.int32, device="meta")},
-    r"table must have shape \[requests": {"table": torch.zeros(0, 3, dtype=torch.int32)},
-    r"lengths must have shape \(2,\)": {"lengths": torch.tensor([5])},
-    r"queries must have shape \(2, 2\)": {"queries": torch.tensor([0, 2, 5])},
-    r"own must have shape \(2, 2\)": {"own": torch.tensor([[0, 2]])},
-    r"seen must have shape \(5,\)": {"seen": torch.tensor([1, 2])},
-    r"lengths must lie within 0\.\.12.*5 to 13": {"lengths": torch.tensor([5, 13])},
-    r"lengths must lie within 0\.\.12.*-1 to 5": {"lengths": torch.tensor([-1, 5])},
-    r"table must name pages 0\.\.5; got 6 at request 1, page 2": {
-        "table": torch.tensor([[0, 1, -1], [2, 4, 6]])
-    },
-    r"table must name pages 0\.\.5; got -1 at request 0, page 1": {
-        "table": torch.tensor([[0, -1, -1], [2, 4, 5]])
-    },
-    "table must not name a page twice in a request; request 1": {
-        "table": torch.tensor([[0, 1, -1], [2, 4, 2]])
-    },
-    r"queries must have at least one row; got \(2, 2\) at request 1": {
-        "queries": torch.tensor([[0, 2], [2, 2]])
-    },
-    r"queries must ascend from 0 and not overlap; got \(1, 5\) behind 2": {
-        "queries": torch.tensor([[0, 2], [1, 5]])
-    },
-    r"queries must ascend from 0 and not overlap; got \(0, 2\) behind 5": {
-        "queries": torch.tensor([[2, 5], [0, 2]])
-    },
-    r"queries must ascend from 0 and not overlap; got \(-1, 2\)": {
-        "queries": torch.tensor([[-1, 2], [2, 5]])
-    },
-    r"queries must lie within 0\.\.5; got 6": {"queries": torch.tensor([[0, 2], [2, 6]])},
-    r"own must have start <= end; got \(3, 2\)": {"own": torch.tensor([[0, 2], [3, 2]])},
-    r"own must ascend from 0 and not overlap": {"own": torch.tensor([[0, 2], [1, 4]])},
-    r"own must lie within 0\.\.5; got 6": {"own": torch.tensor([[0, 2], [3, 6]])},
-    r"seen must lie within 0\.\.2, the new rows of request 0; got 3 at row 1": {
-        "seen": torch.tensor([1, 3, 3, 3, 3])
-    },
-    r"seen must lie within 0\.\.3, the new rows of request 1; got -1 at row 4": {
-        "seen": torch.tensor([1, 2, 3, 3, -1])
-    },
-    "page_size must lie within 1": {"page_size": 0},
-    "pages must lie within 1": {"pages": 2**31},
-    "rows must lie within 1": {"rows": 0},
-    "own_rows must lie within 0": {"own_rows": -1},
-}
-
-
-@pytest.mark.parametrize("message", BAD_REQUESTS)
-def test_bad_requests_are_refused_by_name(message):
-    requests(**described())
-    with pytest.raises(ValueError, match=message):
-        requests(**described(**BAD_REQUESTS[message]))
-
-
-def changed(**changes):
-    """Valid tensors for `described` (H=4, G=2, D=8) with some replaced."""
-    inputs = {
-        "q": torch.zeros(5, 4, 8),
-        "k": torch.zeros(5, 2, 8),
-        "v": torch.zeros(5, 2, 8),
-        "keys": torch.zeros(6, 2, 4, 8),
-        "values": torch.zeros(6, 2, 4, 8),
-    }
-    return inputs | changes
-
-
-BAD_INPUTS = {
-    r"q must have shape \[5 rows": {"q": torch.zeros(4, 4, 8)},
-    r"q must have shape \[5 rows of asked, heads, head dim\]": {"q": torch.zeros(1, 5, 4, 8)},
-    "q must have a head dim of 1..256; got 0": {"q": torch.zeros(5, 4, 0)},
-    "q must have a head dim of 1..256; got 257": {"q": torch.zeros(5, 4, 257)},
-    "q must have q's dtype, one of": {"q": torch.zeros(5, 4, 8, dtype=torch.int32)},
-    "k must have q's dtype": {"k": torch.zeros(5, 2, 8).half()},
-    "values must have q's dtype": {"values": torch.zeros(6, 2, 4, 8).double()},
-    "keys must have the device of asked": {"keys": torch.zeros(6, 2, 4, 8, device="meta")},
-    r"k must have shape \(5, 2, 8\)": {"k": torch.zeros(4, 2, 8)},
-    r"v must have shape \(5, 2, 8\)": {"v": torch.zeros(5, 4, 8)},
-    r"keys must have shape \(6, 2, 4, 8\)": {"keys": torch.zeros(6, 2, 5, 8)},
-    r"values must have shape \(6, 2, 4, 8\)": {"values": torch.zeros(5, 2, 4, 8)},
-    "k must have a head count that divides q's 4; got 3": {"k": torch.zeros(5, 3, 8)},
-    "q must have contiguous heads": {"q": torch.zeros(5, 8, 4).transpose(1, 2)},
-    "keys must have contiguous heads": {"keys": torch.zeros(6, 2, 8, 4).transpose(2, 3)},
-    "v must not require a gradient": {"v": torch.zeros(5, 2, 8, requires_grad=True)},
-    "scale must be finite": {"scale": math.inf},
-}
-
-
-@pytest.mark.parametrize("name", get_args(Backend))
-@pytest.mark.parametrize("message", BAD_INPUTS)
-def test_bad_inputs_are_refused_by_name_on_every_backend(message, name):
-    asked = requests(**described())
-    with pytest.raises(ValueError, match=message):
-        block_decode(**changed(**BAD_INPUTS[message]), asked=asked, backend=name)
-
-
-def test_what_a_back_end_cannot_do_it_refuses(monkeypatch):
-    asked = requests(**described())
-    with pytest.raises(ValueError, match="backend must be one of reference, tiles, triton"):
-        block_decode(**changed(), asked=asked, backend="x")  # pyright: ignore[reportArgumentType]
-    inputs = {name: x for name, x in changed().items() if name in ("q", "keys", "values")}
-    with pytest.raises(ValueError, match="part must be one of history, own; got 'x'"):
-        decode_part(**inputs, asked=asked, part="x", backend="tiles")  # pyright: ignore
-    wide = {name: x.double() for name, x in changed().items()}
-    with pytest.raises(ValueError, match="q must not be float64 for the triton"):
-        block_decode(**wide, asked=asked, backend="triton")
-    monkeypatch.setattr(kernels, "INTERPRETED", False)
-    with pytest.raises(ValueError, match=r"q must be on a CUDA device.*TRITON_INTERPRET"):
-        block_decode(**changed(), asked=asked, backend="triton")
 
 
 def test_merge_refuses_what_does_not_fit():

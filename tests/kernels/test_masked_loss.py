@@ -6,14 +6,13 @@ Letters: R rows, d width, V vocabulary, k likeliest tokens.
 from __future__ import annotations
 
 import itertools
-from typing import get_args
 
 import numpy as np
 import pytest
 import torch
 from abf_kernels.masked_loss import tiles
 from abf_kernels.masked_loss import triton as kernels
-from abf_kernels.masked_loss.api import Backend, masked_loss, predict
+from abf_kernels.masked_loss.api import masked_loss, predict
 
 from tests.kernels.poison import poison
 
@@ -220,79 +219,22 @@ def test_rows_beyond_two_to_the_31_elements(backend):
     assert torch.equal(masked_loss(far, matrix, target, backend=backend)[1], wanted)
 
 
-def changed(**changes):
-    """Valid inputs (R=4, d=8, V=6) with some replaced."""
-    inputs = {
-        "hidden": torch.zeros(4, 8),
-        "matrix": torch.zeros(6, 8),
-        "target": torch.zeros(4, dtype=torch.int64),
-        "weight": torch.zeros(4),
-    }
-    return inputs | changes
-
-
-BAD_INPUTS = {
-    "hidden must have 2 axes": {"hidden": torch.zeros(4, 2, 4)},
-    "matrix must have 2 axes": {"matrix": torch.zeros(6)},
-    "hidden must be one of": {"hidden": torch.zeros(4, 8, dtype=torch.int32)},
-    "matrix must be one of": {"matrix": torch.zeros(6, 8, dtype=torch.complex64)},
-    "hidden must have contiguous rows": {"hidden": torch.zeros(8, 4).T},
-    "matrix must have contiguous rows": {"matrix": torch.zeros(6, 16)[:, ::2]},
-    "hidden must have a width of at least 1": {"hidden": torch.zeros(4, 0)},
-    "matrix must have hidden's width 8; got 7": {"matrix": torch.zeros(6, 7)},
-    "matrix must have at least 1 row": {"matrix": torch.zeros(0, 8)},
-    "matrix must have hidden's device": {"matrix": torch.zeros(6, 8, device="meta")},
-    "matrix must have at most 1073741824 rows": {"matrix": torch.zeros(1, 8).expand(2**31, 8)},
-    r"target must have shape \(4,\)": {"target": torch.zeros(5, dtype=torch.int64)},
-    "target must be int64 or int32": {"target": torch.zeros(4)},
-    "target must have hidden's device": {
-        "target": torch.zeros(4, dtype=torch.int64, device="meta")
-    },
-    r"target must lie within 0\.\.5.*got 0 to 6": {"target": torch.tensor([0, 6, 1, 2])},
-    r"target must lie within 0\.\.5.*got -1 to 2": {"target": torch.tensor([0, -1, 1, 2])},
-    r"weight must have shape \(4,\)": {"weight": torch.zeros(4, 1)},
-    "weight must be one of": {"weight": torch.zeros(4, dtype=torch.int64)},
-    "weight must have hidden's device": {"weight": torch.zeros(4, device="meta")},
-    "weight must be constants": {"weight": torch.zeros(4, requires_grad=True)},
-    "precision must be one of": {"precision": torch.int8},
-}
-
-
-@pytest.mark.parametrize("name", get_args(Backend))
-@pytest.mark.parametrize("message", BAD_INPUTS)
-def test_bad_inputs_are_refused_by_name_on_every_backend(message, name):
-    inputs = changed(**BAD_INPUTS[message])
-    with pytest.raises(ValueError, match=message):
-        masked_loss(**inputs, backend=name)
-    if "weight" not in message:
-        del inputs["weight"]
-        with pytest.raises(ValueError, match=message):
-            predict(**inputs, backend=name)
-
-
-@pytest.mark.parametrize("name", get_args(Backend))
-@pytest.mark.parametrize("top", [0, 7, 9])
-def test_top_is_limited(top, name):
-    with pytest.raises(ValueError, match=rf"top must lie within 1\.\.6; got {top}"):
-        predict(torch.zeros(4, 8), torch.zeros(6, 8), backend=name, top=top)
-
-
-def test_what_a_back_end_cannot_do_it_refuses(monkeypatch):
-    with pytest.raises(ValueError, match="backend must be one of reference, tiles, triton"):
-        masked_loss(**changed(), backend="x")  # pyright: ignore[reportArgumentType]
-    for name in ("hidden", "matrix"):
-        wide = {name: changed()[name].double()}
-        with pytest.raises(ValueError, match=f"{name} must not be float64 for the triton"):
-            masked_loss(**changed(**wide), backend="triton")
-    with pytest.raises(ValueError, match="precision must not be float64 for the triton"):
-        masked_loss(**changed(), precision=torch.float64, backend="triton")
-    monkeypatch.setattr(kernels, "INTERPRETED", False)
-    with pytest.raises(ValueError, match=r"hidden must be on a CUDA device.*TRITON_INTERPRET"):
-        masked_loss(**changed(), backend="triton")
-
-
 def test_autocast_does_not_reach_the_products(backend):
     hidden, matrix, target, weight = draw(30, 24, 90)
     wanted = masked_loss(hidden, matrix, target, weight, backend=backend)[1]
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(masked_loss(hidden, matrix, target, weight, backend=backend)[1], wanted)
+
+
+def test_a_slice_of_the_gradient_is_no_wider_than_a_grid(monkeypatch):
+    """Two tiles at most, of 32 tokens each: 203 tokens are four slices."""
+    widths, launch = [], kernels._launch_slope
+
+    def launched(*args):
+        widths.append(args[5].shape[1])
+        launch(*args)
+
+    monkeypatch.setattr(kernels, "GRID", 2)
+    monkeypatch.setattr(kernels, "_launch_slope", launched)
+    check_loss(draw(3, 8, 203), "triton", torch.float32)
+    assert widths == [64, 64, 64, 11]

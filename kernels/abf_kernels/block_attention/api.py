@@ -16,6 +16,8 @@ from abf_kernels.block_attention.memo import Memo
 
 Backend = Literal["reference", "tiles", "triton"]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+MOST_ROWS = 1 << 30
+"""Queries or keys are numbered in 32 bits; addresses have 64."""
 _validated: Memo[None] = Memo()
 
 
@@ -68,6 +70,10 @@ def block_attention(
         scale: factor of the scores; 1/sqrt(D) by default.
         return_lse: also return log sum_n exp(scale q k_n) over the keys that each query sees.
 
+    The same input gives the same bits, forward and backward, on every back end (on a CPU with as
+    many threads; the reference's products on a GPU as `torch.use_deterministic_algorithms` has
+    it): nothing is added in an order that varies, so there is no slower mode to ask for.
+
     Returns:
         [B,H,M,D] in q's dtype; with `return_lse` also [B,H,M] in float32 (float64 of float64), -inf
         where nothing is seen, without a gradient.
@@ -92,9 +98,10 @@ def block_attention(
             # Imported only here: CPU environments may have no Triton.
             from abf_kernels.block_attention import triton
 
-            triton.refuse(q)
+            triton.refuse(q, k, v)
             out, lse = triton.attend(q, k, v, ranges, scale)
         elif backend == "tiles":
+            tiles.refuse(k)
             out, lse = tiles.attend(q, k, v, ranges, scale)
         else:
             out, lse = reference.attend(q, k, v, ranges, scale)
@@ -109,6 +116,8 @@ def validate(q: Tensor, k: Tensor, v: Tensor, ranges: Tensor) -> None:
                 f"{name} must have 4 axes (batch, heads, rows, head dim); "
                 f"got shape {tuple(tensor.shape)}"
             )
+        if tensor.shape[2] > MOST_ROWS:
+            raise ValueError(f"{name} must have at most {MOST_ROWS} rows; got {tensor.shape[2]}")
         if tensor.dtype not in DTYPES:
             raise ValueError(f"{name} must be one of {DTYPES}; got {tensor.dtype}")
         if tensor.dtype != q.dtype:

@@ -26,6 +26,16 @@ SCRATCH = 1 << 19  # most elements of scores, and of key gradients, as far as on
 FAR = -1e30  # score of an invisible key, per key of distance to the ranges; finite, hence no NaN
 FLOOR = -1e29  # maximum of a row that sees nothing: above FAR / 2, below any score
 TINY = 1e-30  # sum of a row that sees nothing
+MOST_KEYS = 1 << 23  # up to here float32 holds the middle of any range exactly
+
+
+def refuse(k: Tensor) -> None:
+    """Raise ValueError where this back end cannot compute what the others can."""
+    if k.dtype != torch.float64 and k.shape[2] > MOST_KEYS:
+        raise ValueError(
+            f"k must have at most {MOST_KEYS} keys for backend tiles (or be float64); "
+            f"got {k.shape[2]}"
+        )
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, ranges: Tensor, scale: float) -> tuple[Tensor, Tensor]:

@@ -24,12 +24,13 @@ from abf_kernels.block_attention.triton_plan import DevicePlan
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 DIMS = (64, 128)  # smaller heads are filled up with zeros
+FAR = 1 << 24  # elements from row to row: the last of a tile's 128 still has a 32-bit offset
 
 _plans: Memo[DevicePlan] = Memo()
 _INTERPRETED = not isinstance(forward_kernel, triton.JITFunction)
 
 
-def refuse(q: Tensor) -> None:
+def refuse(q: Tensor, k: Tensor, v: Tensor) -> None:
     """Raise ValueError where this back end cannot compute what the others can."""
     if q.dtype not in DTYPES:
         raise ValueError(f"q must be one of {DTYPES} for backend triton; got {q.dtype}")
@@ -37,6 +38,12 @@ def refuse(q: Tensor) -> None:
         raise ValueError(
             f"q must have a head dim of at most {DIMS[-1]} for backend triton; got {q.shape[-1]}"
         )
+    for name, tensor in (("q", q), ("k", k), ("v", v)):
+        if tensor.stride(2) > FAR and tensor.shape[2] > 1:
+            raise ValueError(
+                f"{name} must have rows at most {FAR} elements apart for backend triton (call "
+                f".contiguous()); got {tensor.stride(2)}"
+            )
     if _INTERPRETED:
         if q.device.type != "cpu" or q.dtype == torch.bfloat16:
             raise ValueError(
@@ -101,7 +108,7 @@ class _TritonAttention(torch.autograd.Function):
         plan: DevicePlan = ctx.plan
         batch, heads, n_queries, dim = q.shape
         groups, n_keys = k.shape[1:3]
-        if grad_out.stride(-1) != 1:  # that of a sum has stride 0
+        if grad_out.stride(-1) != 1 or grad_out.stride(2) > FAR:  # that of a sum has stride 0
             grad_out = grad_out.contiguous()
         config, precision = config_of(q), _precision(q)
         log2_scale = ctx.scale * math.log2(math.e)

@@ -23,6 +23,8 @@ Part = Literal["history", "own"]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 WIDEST = 256
 """Largest head dim: a tile of keys has to fit a multiprocessor."""
+MOST_HEADS = (1 << 16) - 1
+"""As many as an axis of a GPU's grid has."""
 
 
 def block_decode(
@@ -139,6 +141,8 @@ def _validate(
             f"q must have shape [{asked.rows} rows of asked, heads, head dim]; got {tuple(q.shape)}"
         )
     heads, dim = q.shape[1:]
+    if heads > MOST_HEADS:
+        raise ValueError(f"q must have at most {MOST_HEADS} heads; got {heads}")
     if not 1 <= dim <= WIDEST:
         raise ValueError(f"q must have a head dim of 1..{WIDEST}; got {dim}")
     shapes = dict.fromkeys(new, (asked.own_rows, None, dim))
@@ -189,5 +193,10 @@ def _triton(q: Tensor):
         raise ValueError(
             "q must be on a CUDA device for the triton back end, or the process be started with "
             f"TRITON_INTERPRET=1; got {q.device}"
+        )
+    if kernels.INTERPRETED and q.dtype == torch.bfloat16:
+        raise ValueError(
+            "q must not be bfloat16 where TRITON_INTERPRET is set: Triton interprets it wrongly, "
+            "without saying so"
         )
     return kernels

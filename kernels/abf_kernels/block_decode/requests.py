@@ -12,6 +12,9 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+MOST_REQUESTS = (1 << 16) - 1
+"""Of one forward pass: as many as the last axis of a GPU's grid has."""
+
 
 @dataclass(frozen=True)
 class Requests:
@@ -75,7 +78,8 @@ def requests(
     = [[0], [1], ...].
 
     Args:
-        table: int32 [B,T]; only entries of used pages are read. Requests may share a page.
+        table: int32 [B,T], B at most 65535; only entries of used pages are read. Requests may share
+            a page.
         lengths: int32 [B], 0..T*S cached keys.
         queries: int32 [B,2], half open, at least one row, ascending, disjoint, within 0..N. Rows of
             no request are answered with 0.
@@ -103,6 +107,8 @@ def requests(
             f"table must have shape [requests >= 1, pages >= 1]; got {tuple(table.shape)}"
         )
     B = len(table)
+    if B > MOST_REQUESTS:
+        raise ValueError(f"table must have at most {MOST_REQUESTS} requests; got {B}")
     shapes = {"lengths": (B,), "queries": (B, 2), "own": (B, 2), "seen": (rows,)}
     for name, shape in shapes.items():
         if given[name].shape != shape:

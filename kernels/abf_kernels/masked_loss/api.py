@@ -73,7 +73,7 @@ def masked_loss(
             return reference.loss(hidden, matrix, target.long(), weight, low)
         if backend == "tiles":
             return tiles.loss(hidden, matrix, target.long(), weight, low, grads)
-        return _triton(hidden).loss(hidden, matrix, target, weight, low)
+        return _triton(hidden, low).loss(hidden, matrix, target, weight, low)
 
 
 @torch.no_grad()
@@ -104,7 +104,7 @@ def predict(
             return Prediction(*reference.predict(hidden, matrix, picked, top, low))
         if backend == "tiles":
             return Prediction(*tiles.predict(hidden, matrix, picked, top, low))
-        return Prediction(*_triton(hidden).predict(hidden, matrix, target, top, low))
+        return Prediction(*_triton(hidden, low).predict(hidden, matrix, target, top, low))
 
 
 def _validate(
@@ -178,7 +178,7 @@ def _products(
     return precision
 
 
-def _triton(hidden: Tensor):
+def _triton(hidden: Tensor, low: torch.dtype):
     """The Triton back end, if it can serve these tensors."""
     try:
         from abf_kernels.masked_loss import triton as kernels
@@ -190,5 +190,10 @@ def _triton(hidden: Tensor):
         raise ValueError(
             "hidden must be on a CUDA device for the triton back end, or the process be started "
             f"with TRITON_INTERPRET=1; got {hidden.device}"
+        )
+    if kernels.INTERPRETED and low == torch.bfloat16:
+        raise ValueError(
+            "precision must not be bfloat16, nor hidden and matrix without it, where "
+            "TRITON_INTERPRET is set: Triton interprets it wrongly, without saying so"
         )
     return kernels

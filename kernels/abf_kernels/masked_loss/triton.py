@@ -27,6 +27,8 @@ from abf_kernels.masked_loss.configs import SLICE, Config, choose
 INTERPRETED = bool(knobs.runtime.interpret)
 PROGRAMS = 256
 """Programs wanted at least: two on each multiprocessor of the largest GPUs."""
+GRID = (1 << 16) - 1
+"""Programs that the second axis of a GPU's grid has at most."""
 
 
 @triton.jit
@@ -172,7 +174,8 @@ class _Loss(torch.autograd.Function):
         grad_hidden = torch.zeros(R, d, device=hidden.device) if for_hidden else None
         grad_matrix = torch.zeros_like(matrix) if for_matrix else None
         config = choose(hidden.device, ctx.low)
-        size = max(config.columns, SLICE // max(R, 1) // config.columns * config.columns)
+        most = min(SLICE // max(R, 1) // config.columns, GRID)
+        size = max(1, most) * config.columns
         for first in range(0, V, size) if R else ():
             part = slice(first, min(first + size, V))
             slope = torch.empty(R, part.stop - first, dtype=ctx.low, device=hidden.device)
