@@ -23,6 +23,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from abf_kernels.tuning import DEFAULT
+
 OPERATORS: tuple[str, ...] = (
     "abf_kernels.block_attention.builds",
     "abf_kernels.masked_loss.builds",
@@ -38,6 +40,11 @@ SHARED = {80: (163 << 10, 164 << 10), 90: (227 << 10, 228 << 10)}
 REGISTERS = 65536  # 32-bit registers of a multiprocessor, on both
 THREADS = 2048  # threads that a multiprocessor holds, on both
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+
+
+def targets(architecture: str) -> tuple[int, ...]:
+    """What tiles of an architecture are compiled for: its target, or all for the default."""
+    return TARGETS if architecture == DEFAULT else (int(architecture.removeprefix("sm_")),)
 
 
 @dataclass(frozen=True)

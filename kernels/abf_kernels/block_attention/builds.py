@@ -5,45 +5,46 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from abf_kernels.ahead import Build
-from abf_kernels.block_attention.configs import CONFIGS, SPILLS, Tile
+from abf_kernels.ahead import TARGETS, Build, targets
+from abf_kernels.block_attention.configs import ROWS, Tile, parse
 from abf_kernels.block_attention.triton_kernels import dkv_kernel, dq_kernel, forward_kernel
 from abf_kernels.block_attention.triton_plan import CHUNK, bounds_kernel, touching_kernel
+from abf_kernels.tuning import Row
 
 NAMES = {"bf16": 2, "fp32": 4}  # fp16 compiles to the same figures as bf16: not repeated
 POINTERS = dict.fromkeys(("lse", "delta"), "fp32")
 POINTERS |= dict.fromkeys(("ranges", "bounds", "entries", "counts"), "i32")
 SCALARS = dict.fromkeys(("scale", "grad_scale"), "fp32")
 SCALARS |= dict.fromkeys(("H", "R", "M", "N", "tiles", "max_entries"), "i32")
-TARGETS = {"sm_80": (80,), "sm_90": (90,), "default": (80, 90)}
 
 
 def builds() -> Iterator[Build]:
     """Every row of the table for each type it serves; the plan's kernels with the tiles in use."""
     plans = set()
-    for (architecture, dim, itemsize), config in CONFIGS.items():
-        for dtype in (name for name, size in NAMES.items() if size == itemsize):
-            for target in TARGETS[architecture]:
+    for row in ROWS.values():
+        config = parse(row)
+        for dtype in (name for name, size in NAMES.items() if size == row.itemsize):
+            for target in targets(row.architecture):
                 for kernel, tile in (
                     (forward_kernel, config.forward),
                     (dq_kernel, config.dq),
                     (dkv_kernel, config.dkv),
                 ):
-                    yield _build(kernel, tile, architecture, dim, dtype, target)
+                    yield _build(kernel, tile, row, dtype, target)
                 plans |= {(target, tile.rows) for tile in config}
     for target, rows in sorted(plans):
         arguments = {"ranges": "*i32:16", "bounds": "*i32:16", "ROWS": rows}
         arguments |= dict.fromkeys(("M", "N", "tiles"), "i32")
         yield Build("block_attention", f"bounds {rows}", bounds_kernel, arguments, target, 4, 3)
-    for target in (80, 90):
+    for target in TARGETS:
         arguments = dict.fromkeys(("bounds", "entries", "counts"), "*i32:16") | {"CHUNK": CHUNK}
         arguments |= dict.fromkeys(("N", "query_tiles", "key_tiles", "keys"), "i32")
         yield Build("block_attention", "touching", touching_kernel, arguments, target, 4, 3)
 
 
-def _build(kernel: Any, tile: Tile, architecture: str, dim: int, dtype: str, target: int) -> Build:
+def _build(kernel: Any, tile: Tile, row: Row, dtype: str, target: int) -> Build:
     constants = {
-        "D": dim,
+        "D": row.dim,
         "ROWS": tile.rows,
         "KEYS": tile.keys,
         "KEEP": dtype != "fp32",
@@ -60,11 +61,11 @@ def _build(kernel: Any, tile: Tile, architecture: str, dim: int, dtype: str, tar
     name = kernel.__name__.removesuffix("_kernel")
     return Build(
         "block_attention",
-        f"{name} {dtype} D={dim} ({architecture})",
+        f"{name} {dtype} D={row.dim} ({row.architecture})",
         kernel,
         arguments,
         target,
         tile.num_warps,
         tile.num_stages,
-        spills=SPILLS.get((architecture, dim, name), ""),
+        spills=row.spills.get(name, ""),
     )

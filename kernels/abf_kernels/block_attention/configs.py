@@ -1,13 +1,14 @@
-"""Tile sizes of the `triton` back end, as data: by compute capability, head dimension and width.
+"""Tile sizes of the `triton` back end: by compute capability, head dimension and width.
 
 A row is chosen by `choose`; `builds.py` compiles every row ahead of time for both targets.
 """
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from pathlib import Path
+from typing import NamedTuple
 
-Architecture = Literal["sm_80", "sm_90", "default"]
+from abf_kernels import tuning
 
 
 class Tile(NamedTuple):
@@ -30,28 +31,20 @@ class Config(NamedTuple):
     dkv: Tile
 
 
-# (architecture, D, bytes of an element). Chosen by what they compile to (`make kernels-report`):
-# matrix instructions and asynchronous copies, no spill, and warps on a multiprocessor; where that
-# left a choice, by the tiles that PyTorch's FlexAttention takes on the same GPU. Not measured on a
-# GPU. "default" fits the 99 KiB of shared memory that a block has on consumer cards.
-CONFIGS: dict[tuple[Architecture, int, int], Config] = {
-    ("sm_80", 64, 2): Config(Tile(128, 64, 4, 3), Tile(64, 64, 4, 3), Tile(32, 64, 4, 3)),
-    ("sm_80", 128, 2): Config(Tile(128, 64, 8, 3), Tile(64, 32, 4, 3), Tile(64, 64, 8, 3)),
-    ("sm_90", 64, 2): Config(Tile(128, 64, 4, 3), Tile(128, 64, 8, 3), Tile(64, 128, 8, 3)),
-    ("sm_90", 128, 2): Config(Tile(128, 64, 8, 3), Tile(128, 64, 8, 3), Tile(64, 128, 8, 3)),
-    ("default", 64, 2): Config(Tile(64, 64, 4, 3), Tile(64, 32, 4, 3), Tile(32, 64, 4, 3)),
-    ("default", 128, 2): Config(Tile(64, 32, 4, 3), Tile(64, 32, 4, 3), Tile(32, 64, 8, 3)),
-    ("default", 64, 4): Config(Tile(16, 32, 4, 2), Tile(16, 32, 4, 2), Tile(16, 32, 8, 2)),
-    ("default", 128, 4): Config(Tile(16, 32, 4, 2), Tile(16, 32, 8, 2), Tile(32, 16, 8, 2)),
-}
-# (architecture, D, kernel) that spill, and why they are shipped.
-SPILLS = {
-    ("sm_80", 128, "dkv"): "4 registers, stored and reloaded outside of the loops only",
-    ("sm_90", 128, "dkv"): (
-        "20 registers, about 15 reloads for each 64 x 128 scores; tiles of 32 queries spill none "
-        "but read the keys from shared memory twice as often for each product"
-    ),
-}
+# By (architecture, D, bytes of an element). Rows that were not measured were chosen by what they
+# compile to (`make kernels-report`): matrix instructions and asynchronous copies, no spill, and
+# warps on a multiprocessor; where that left a choice, by the tiles that PyTorch's FlexAttention
+# takes on the same GPU. "default" fits the 99 KiB of shared memory of a block on consumer cards.
+FILE = Path(__file__).with_name("configs.json")
+ROWS = tuning.read(FILE)
+
+
+def parse(row: tuning.Row) -> Config:
+    """The three kernels' tiles of a row."""
+    return Config(**{kernel: Tile(**tile) for kernel, tile in row.tiles.items()})
+
+
+CONFIGS = {key: parse(row) for key, row in ROWS.items()}
 # The interpreter's cost is per tile and operation.
 INTERPRETED = Config(Tile(64, 64, 4, 1), Tile(64, 64, 4, 1), Tile(64, 64, 4, 1))
 
@@ -60,9 +53,5 @@ def choose(capability: tuple[int, int] | None, dim: int, itemsize: int) -> Confi
     """The row for a GPU's compute capability (none: the interpreter), D and an element's bytes."""
     if capability is None:
         return INTERPRETED
-    named: Architecture = "default"
-    if capability == (8, 0):
-        named = "sm_80"
-    elif capability == (9, 0):
-        named = "sm_90"
-    return CONFIGS.get((named, dim, itemsize)) or CONFIGS["default", dim, itemsize]
+    named = tuning.architecture(capability), dim, itemsize
+    return CONFIGS.get(named) or CONFIGS[tuning.DEFAULT, dim, itemsize]

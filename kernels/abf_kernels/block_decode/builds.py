@@ -4,21 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from abf_kernels.ahead import TARGETS, Build
+from abf_kernels.ahead import Build, targets
 from abf_kernels.block_decode import triton as kernels
-from abf_kernels.block_decode.configs import NARROW, SAFE, SHARE, merging
+from abf_kernels.block_decode.configs import ROWS, SHARE, merging, parse
 
 WHOLE = ("table", "lengths", "queries", "own", "seen")
 OTHERS = ("N", "H", "parts", "pages_each", "page_size")
 
 
+NAMES = {2: "bf16", 4: "fp32"}
+
+
 def builds() -> Iterator[Build]:
-    """A part of a request's keys, and the merge of parts: bf16 D 64 and 128, fp32 also 256."""
-    for target in TARGETS:
-        cases = [("bf16", dim, config) for dim, config in NARROW[target].items()]
-        cases += [("fp32", dim, SAFE[dim]) for dim in SAFE]
-        for dtype, dim, config in cases:
-            sizes = {"R": 4, "D": dim, "SHARE": SHARE, **config.launch(dim)}
+    """A part of a request's keys, and the merge of parts, of every row."""
+    for row in ROWS.values():
+        dtype, dim = NAMES[row.itemsize], row.dim
+        for target in targets(row.architecture):
+            sizes = {"R": 4, "D": dim, "SHARE": SHARE, **parse(row).launch(dim)}
             warps, stages = sizes.pop("num_warps"), sizes.pop("num_stages")
             strides = [p.name for p in kernels._attend.params if p.name.startswith("stride_")]
             arguments = {
@@ -32,7 +34,7 @@ def builds() -> Iterator[Build]:
                 "HAS_OWN": True,
                 **sizes,
             }
-            name = f"{dtype} D={dim}"
+            name = f"{dtype} D={dim} ({row.architecture})"
             yield Build(
                 "block_decode", f"part {name}", kernels._attend, arguments, target, warps, stages
             )

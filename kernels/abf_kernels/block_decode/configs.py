@@ -1,13 +1,17 @@
-"""Tile sizes of the Triton kernels by compute capability. Data: nothing here was timed on a GPU.
+"""Tile sizes of the Triton kernels by compute capability: the reader of configs.json.
 
-Chosen by what compiles without spills and fits the shared memory (tests/kernels), not by speed.
+Chosen by what compiles without spills and fits the shared memory (tests/kernels), not by speed; the
+defaults need 48 KiB of shared memory.
 """
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+
+from abf_kernels import tuning
 
 SHARE = 512
 """Cached keys of one split. A constant, so that what a request is answered does not depend on the
@@ -42,19 +46,22 @@ def _width(dim: int) -> int:
     return max(16, 1 << (dim - 1).bit_length())
 
 
-NARROW = {
-    80: {64: Config(32, 64, 4, 3), 128: Config(32, 64, 4, 3)},
-    90: {64: Config(64, 64, 4, 3), 128: Config(64, 64, 4, 2)},
-}
-"""For bfloat16 and float16, by capability (80 = A100, 90 = H100 and H200) and largest head dim."""
-SAFE = {64: Config(32, 32, 4, 1), 128: Config(16, 32, 4, 1), 256: Config(16, 16, 4, 1)}
-"""For float32, larger heads and every other GPU (48 KiB of shared memory do)."""
+FILE = Path(__file__).with_name("configs.json")
+ROWS = tuning.read(FILE)
+
+
+def parse(row: tuning.Row) -> Config:
+    """The tile of a row."""
+    return Config(**row.tiles["attend"])
+
+
+CONFIGS = {key: parse(row) for key, row in ROWS.items()}
+"""By (architecture, largest head dim, bytes of an element)."""
 
 
 def choose(device: torch.device, dtype: torch.dtype, dim: int) -> Config:
     """The configuration for the tensors of a call."""
-    fitting = SAFE
-    if device.type == "cuda" and dtype != torch.float32:
-        major, minor = torch.cuda.get_device_capability(device)
-        fitting = SAFE | NARROW.get(10 * major + minor, {})
-    return next(fitting[most] for most in sorted(fitting) if dim <= most)
+    capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
+    widest = min(most for _, most, _ in CONFIGS if dim <= most)
+    named = tuning.architecture(capability), widest, dtype.itemsize
+    return CONFIGS.get(named) or CONFIGS[tuning.DEFAULT, widest, dtype.itemsize]

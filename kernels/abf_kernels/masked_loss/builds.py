@@ -5,18 +5,20 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from abf_kernels.ahead import TARGETS, Build
+from abf_kernels.ahead import Build, targets
 from abf_kernels.masked_loss import triton as kernels
-from abf_kernels.masked_loss.configs import NARROW, SAFE
+from abf_kernels.masked_loss.configs import ROWS, parse
 
 SIZES = {"R": "i32", "V": "i32", "d": "i32:16", "stride_h": "i32:16", "stride_m": "i32:16"}
+NAMES = {2: "bf16", 4: "fp32"}
 
 
 def builds() -> Iterator[Build]:
-    """The loss, predictions of 1 and 4 tokens, and the gradient's slope, in bf16 and fp32."""
-    for target in TARGETS:
-        for dtype, config in (("bf16", NARROW[target]), ("fp32", SAFE)):
-            launch = config.launch()
+    """The loss, predictions of 1 and 4 tokens, and the gradient's slope, of every row."""
+    for row in ROWS.values():
+        dtype = NAMES[row.itemsize]
+        for target in targets(row.architecture):
+            launch = parse(row).launch()
             warps, stages = launch.pop("num_warps"), launch.pop("num_stages")
 
             sums = {"sums": "*fp32:16", "candidates": "*fp32:16", "ids": "*i32:16", "share": "i32"}
@@ -30,5 +32,5 @@ def builds() -> Iterator[Build]:
             operands = {"hidden": f"*{dtype}:16", "matrix": f"*{dtype}:16", "target": "*i64:16"}
             for case, kernel, more in cases:
                 arguments = operands | SIZES | launch | more
-                name = f"{case} {dtype}"
+                name = f"{case} {dtype} ({row.architecture})"
                 yield Build("masked_loss", name, kernel, arguments, target, warps, stages)

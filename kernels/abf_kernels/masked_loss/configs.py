@@ -1,13 +1,16 @@
-"""Tile sizes of the Triton kernels by compute capability. Data: nothing here was timed on a GPU.
+"""Tile sizes of the Triton kernels by compute capability: the reader of configs.json.
 
 Chosen by what compiles without spills and fits the shared memory (tests/kernels), not by speed.
 """
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
+
+from abf_kernels import tuning
 
 SLICE = 1 << 25
 """Elements of the gradient's slice [R, tokens] that are held at once."""
@@ -33,15 +36,21 @@ class Config(NamedTuple):
         }
 
 
-NARROW = {80: Config(64, 64, 64, 4, 3), 90: Config(64, 64, 64, 4, 3)}
-"""For bfloat16 and float16, by capability (80 = A100, 90 = H100 and H200)."""
-SAFE = Config(32, 32, 32, 4, 2)
-"""For float32, and for every other GPU."""
+FILE = Path(__file__).with_name("configs.json")
+ROWS = tuning.read(FILE)
+
+
+def parse(row: tuning.Row) -> Config:
+    """The tile of a row."""
+    return Config(**row.tiles["logits"])
+
+
+CONFIGS = {key: parse(row) for key, row in ROWS.items()}
+"""By (architecture, 0, bytes of an element)."""
 
 
 def choose(device: torch.device, dtype: torch.dtype) -> Config:
     """The configuration for the tensors of a call."""
-    if device.type != "cuda" or dtype == torch.float32:
-        return SAFE
-    major, minor = torch.cuda.get_device_capability(device)
-    return NARROW.get(10 * major + minor, SAFE)
+    capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
+    named = tuning.architecture(capability), 0, dtype.itemsize
+    return CONFIGS.get(named) or CONFIGS[tuning.DEFAULT, 0, dtype.itemsize]
