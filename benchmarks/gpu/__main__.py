@@ -25,8 +25,6 @@ PARTS = ("ceilings", "attention", "metadata", "decode", "loss")
 
 def figures(device: torch.device, parts: list[str], *, quick: bool) -> Iterator[Figure]:
     """Every figure of the named parts, in order."""
-    from abf_kernels.block_attention.triton import config_of
-
     from benchmarks.gpu import attention, ceilings, metadata, problem, serving
 
     clock, rounds = CudaClock(device), 7 if quick else 25
@@ -43,11 +41,10 @@ def figures(device: torch.device, parts: list[str], *, quick: bool) -> Iterator[
             torch.cuda.empty_cache()
     if "metadata" in parts:
         for case in cases[:2]:
-            sample = torch.empty(1, 1, 1, case.shape.dim, dtype=torch.bfloat16, device=device)
-            rows = config_of(sample).forward.rows
-            yield from metadata.bounds(case, device, clock, rows=rows, rounds=rounds)
+            yield from metadata.bounds(case, device, clock, rounds=rounds)
             yield from metadata.causal(case, device, clock, rounds=rounds)
         yield metadata.recompilations(cases[1], device)
+        yield metadata.flex_recompilations(cases[1], device)
     if "decode" in parts:
         for cache in serving.CACHES[:2] if quick else serving.CACHES:
             yield from serving.decoding(cache, device, clock, rounds=rounds)

@@ -7,13 +7,16 @@ from __future__ import annotations
 
 import csv
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+import torch._dynamo
 from abf_kernels.block_attention.configs import Config, Tile
+from torch._dynamo.exc import FailOnRecompileLimitHit
 
 from benchmarks.bench_attention import Shape
 from benchmarks.gpu import attention, ceilings, checks, metadata, serving, tune
@@ -133,8 +136,61 @@ def test_decoding_and_losses_are_timed() -> None:
 
 
 def test_bounds_are_timed() -> None:
-    (row,) = metadata.bounds(TINY, CPU, cpu_clock, rows=64, rounds=2)
+    (row,) = metadata.bounds(TINY, CPU, cpu_clock, rounds=2, dtype=torch.float32)
     assert row.goal == "<= 50"
+
+
+@pytest.fixture
+def not_lowered(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Dynamo traces, guards and counts as ever; no code is generated."""
+    right = torch.compile
+
+    def traced(function: Any, *, mode: str | None = None, **more: Any) -> Any:
+        return right(function, **{"backend": "eager", **more})
+
+    monkeypatch.setattr(torch, "compile", traced)
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.mark.usefixtures("not_lowered")
+def test_flex_is_never_run_without_being_compiled() -> None:
+    """Dynamo compiles the same function 8 times; what comes then must fail, or begin anew."""
+
+    def attend(length: int) -> None:
+        problem = problems.Problem(
+            problems.Case(Shape(1, 1, length, 16), 1, {}), torch.float32, CPU
+        )
+        peer = attention.flex(problem, {}, tuned=False)
+        peer.prepare()
+        with torch.no_grad():
+            peer.attend(*problem.inputs)
+
+    for number in range(8):
+        attend(64 + 2 * number)
+    with pytest.raises(FailOnRecompileLimitHit):
+        attend(128)
+    measured()  # a case begins anew
+    attend(128)
+
+
+@pytest.mark.usefixtures("not_lowered")
+def test_graphs_of_flex_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    count = metadata.flex_recompilations
+    row = count(TINY, CPU, segmentations=3, compiler="eager")
+    assert (row.value, row.detail) == (0, "forward, over 3 segmentations")
+    # Ids of another length each time: every one is compiled, until the limit.
+    right, widths = problems.mask_of, iter(range(100))
+
+    def longer(problem: problems.Problem) -> Any:
+        block = torch.nn.functional.pad(problem.block, (0, next(widths)))
+        return right(SimpleNamespace(block=block, clean=problem.clean))  # pyright: ignore[reportArgumentType]
+
+    monkeypatch.setattr(metadata, "mask_of", longer)
+    row = count(TINY, CPU, segmentations=20, compiler="eager")
+    assert row.value == 7
+    assert row.detail == "Dynamo's limit was met at segmentation 8"
 
 
 def test_tuning_takes_the_fastest_tile_and_puts_back_what_it_found(
