@@ -88,7 +88,7 @@ def recompilations(
 
 def flex_recompilations(
     case: Case, device: torch.device, *, segmentations: int = 100, compiler: str = "inductor"
-) -> Figure:
+) -> Iterator[Figure]:
     """Graphs that Dynamo compiles of Flex, forward, for masks as a training loop makes them.
 
     A mask function of each batch's own ids, its lengths always the same. Where Dynamo's limit is
@@ -112,7 +112,14 @@ def flex_recompilations(
             break
         found += (counters["stats"]["unique_graphs"] - before) * (seed > 0)
     name = f"graphs compiled over {segmentations} segmentations, Flex, {case}"
-    return Figure(name, found, found, found, "graphs", detail=detail)
+    yield Figure(name, found, found, found, "graphs", detail=detail)
+
+
+def run(case: Case, device: torch.device, clock: Clock, *, rounds: int) -> Iterator[Figure]:
+    """Bounds, compilations of ours, and the limit without a mask."""
+    yield from bounds(case, device, clock, rounds=rounds)
+    yield from causal(case, device, clock, rounds=rounds)
+    yield recompilations(case, device)
 
 
 def causal(case: Case, device: torch.device, clock: Clock, *, rounds: int) -> Iterator[Figure]:

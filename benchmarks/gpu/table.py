@@ -17,6 +17,8 @@ from abf.stage import git_sha
 from benchmarks.gpu.timing import Figure
 
 FIELDS = tuple(field.name for field in dataclasses.fields(Figure))
+SECONDS = "seconds of "
+"""The last row of a finished job."""
 
 
 def machine(device: torch.device) -> dict[str, str]:
@@ -46,28 +48,57 @@ def file_of(folder: Path, device: str) -> Path:
 class Table:
     """Writes rows to a file that takes its name when the run is whole; prints them.
 
-    What an interrupted run measured stays beside it, under `.partial`.
+    What an interrupted run measured stays beside it, under `.partial`. The same code on the same
+    machine goes on from there: jobs that were finished are kept, rows of others are dropped.
     """
 
     def __init__(self, path: Path, common: Mapping[str, str]) -> None:
         self.path, self.common = path, common
         self.partial = path.with_name(path.name + ".partial")
         path.parent.mkdir(parents=True, exist_ok=True)
-        self.fields = [*FIELDS, *common]
-        self._write(dict(zip(self.fields, self.fields, strict=True)), "w")
+        self.fields = [*FIELDS, "job", *common]
+        found = [row for row in read(self.partial) if common.items() <= row.items()]
+        finished = {row["job"] for row in found if row["figure"] == SECONDS + row["job"]}
+        self.rows: list[Mapping[str, object]] = [row for row in found if row["job"] in finished]
+        self._write(self.partial)
 
-    def add(self, row: Figure) -> None:
-        """Print a row and put it on the disk."""
+    def has(self, job: str) -> bool:
+        """Whether a job was finished, now or by the run that this one continues."""
+        return any(row["figure"] == SECONDS + job for row in self.rows)
+
+    def add(self, row: Figure, job: str = "") -> None:
+        """Print a row of a job and put it on the disk."""
         print(row, flush=True)
-        self._write(dataclasses.asdict(row) | dict(self.common), "a")
+        self.rows.append(dataclasses.asdict(row) | {"job": job} | dict(self.common))
+        self._write(self.partial)
 
-    def _write(self, row: Mapping[str, object], mode: str) -> None:
-        with open(self.partial, mode, newline="") as handle:
-            csv.DictWriter(handle, self.fields).writerow(row)
-            handle.flush()
-            os.fsync(handle.fileno())
+    def finish(self, job: str, seconds: float) -> None:
+        """All rows of a job are there; it took that long, compilation included."""
+        self.add(Figure(SECONDS + job, seconds, seconds, seconds, "s"), job)
 
-    def done(self) -> Path:
-        """Give the file its name."""
+    def done(self, *, whole: bool = True) -> Path:
+        """Give the file its name; unless `whole`, with the rows of other jobs that it had."""
+        if not whole:
+            jobs = {row["job"] for row in self.rows}
+            self.rows = [row for row in read(self.path) if row["job"] not in jobs] + self.rows
+            self._write(self.partial)
         self.partial.replace(self.path)
         return self.path
+
+    def _write(self, path: Path) -> None:
+        beside = path.with_name(path.name + ".new")
+        with open(beside, "w", newline="") as handle:
+            writer = csv.DictWriter(handle, self.fields, restval="", extrasaction="ignore")
+            writer.writeheader()
+            writer.writerows(self.rows)
+            handle.flush()
+            os.fsync(handle.fileno())
+        beside.replace(path)
+
+
+def read(path: Path) -> list[dict[str, str]]:
+    """The rows of a file; none where there is none."""
+    if not path.exists():
+        return []
+    with open(path, newline="") as handle:
+        return list(csv.DictReader(handle))

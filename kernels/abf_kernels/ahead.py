@@ -39,6 +39,8 @@ TARGETS = (80, 90)
 SHARED = {80: (163 << 10, 164 << 10), 90: (227 << 10, 228 << 10)}
 REGISTERS = 65536  # 32-bit registers of a multiprocessor, on both
 THREADS = 2048  # threads that a multiprocessor holds, on both
+STACK = 80
+"""Bytes of registers that a thread may spill at most, where a row says why it may."""
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 

@@ -5,7 +5,6 @@ Kernels are interpreted, the clock is the CPU's, and the peer is dense SDPA.
 
 from __future__ import annotations
 
-import csv
 import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,14 +14,12 @@ from typing import Any
 import pytest
 import torch
 import torch._dynamo
-from abf_kernels.block_attention.configs import Config, Tile
 from torch._dynamo.exc import FailOnRecompileLimitHit
 
 from benchmarks.bench_attention import Shape
-from benchmarks.gpu import attention, ceilings, checks, metadata, serving, tune
+from benchmarks.gpu import attention, ceilings, checks, metadata, serving
 from benchmarks.gpu import problem as problems
-from benchmarks.gpu.__main__ import main
-from benchmarks.gpu.table import FIELDS, Table, file_of, machine
+from benchmarks.gpu.__main__ import PARTS, jobs, main
 from benchmarks.gpu.timing import Figure, cpu_clock, figure, interleaved, ratio
 
 CPU = torch.device("cpu")
@@ -178,7 +175,7 @@ def test_flex_is_never_run_without_being_compiled() -> None:
 @pytest.mark.usefixtures("not_lowered")
 def test_graphs_of_flex_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     count = metadata.flex_recompilations
-    row = count(TINY, CPU, segmentations=3, compiler="eager")
+    (row,) = count(TINY, CPU, segmentations=3, compiler="eager")
     assert (row.value, row.detail) == (0, "forward, over 3 segmentations")
     # Ids of another length each time: every one is compiled, until the limit.
     right, widths = problems.mask_of, iter(range(100))
@@ -188,30 +185,9 @@ def test_graphs_of_flex_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
         return right(SimpleNamespace(block=block, clean=problem.clean))  # pyright: ignore[reportArgumentType]
 
     monkeypatch.setattr(metadata, "mask_of", longer)
-    row = count(TINY, CPU, segmentations=20, compiler="eager")
+    (row,) = count(TINY, CPU, segmentations=20, compiler="eager")
     assert row.value == 7
     assert row.detail == "Dynamo's limit was met at segmentation 8"
-
-
-def test_tuning_takes_the_fastest_tile_and_puts_back_what_it_found(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    from abf_kernels.block_attention import triton as kernels
-
-    before = kernels.config_of
-    quick = Tile(32, 32, 4, 1)
-
-    def clock(call: Callable[[], object]) -> float:
-        call()
-        chosen = kernels.config_of(torch.empty(1, 1, 1, 16))
-        return 1.0 + sum(tile != quick for tile in chosen)
-
-    lines = list(
-        tune.tune(CPU, clock, cases=(TINY,), tiles=(quick,), rounds=1, dtype=torch.float32)
-    )
-    assert kernels.config_of is before
-    assert lines[-1] == f"(ARCHITECTURE, 16, 4): {Config(quick, quick, quick)},"
-    assert "1.333x the one in use" in lines[0]
 
 
 def test_rounds_are_interleaved_and_warm_ones_do_not_count() -> None:
@@ -231,19 +207,12 @@ def test_medians_ratios_and_their_intervals() -> None:
     assert ratio("x", [4.0, 4.0], [2.0, 2.0]).value == 2.0
 
 
-def test_a_run_that_is_cut_short_leaves_its_rows(tmp_path: Path) -> None:
-    path = file_of(tmp_path, "NVIDIA A100-SXM-64GB")
-    assert path.name == "gpu_nvidia_a100_sxm_64gb.csv"
-    table = Table(path, {"device": "NVIDIA A100-SXM-64GB"})
-    table.add(figure("one", [1.0], "us", detail="a, b"))
-    assert not path.exists()
-    with open(table.partial, newline="") as handle:
-        (row,) = csv.DictReader(handle)
-    assert set(row) == {*FIELDS, "device"}
-    assert (row["figure"], row["detail"]) == ("one", "a, b")
-    assert table.done() == path
-    assert path.is_file()
-    assert {"device", "torch", "triton", "git_sha"} <= set(machine(CPU))
+def test_every_part_has_jobs_of_their_own_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA H200")
+    for quick in (False, True):
+        found = jobs(CPU, cpu_clock, quick=quick)
+        assert tuple(dict.fromkeys(one.part for one in found)) == PARTS
+        assert len({(one.part, one.name) for one in found}) == len(found)
 
 
 def test_without_a_gpu_nothing_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

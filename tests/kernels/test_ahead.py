@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from abf_kernels import tuning
+from abf_kernels.ahead import STACK
 
 ROOT = Path(__file__).parents[2]
 COMPILES = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
@@ -56,6 +58,19 @@ def python(*arguments: str, **environment: str) -> str:
     return done.stdout
 
 
+def matrix_instructions(row: dict[str, str]) -> int:
+    """Those that a row should have: of sm_90 `wgmma`, unless another tile was measured faster."""
+    narrow_on_hopper = row["target"] == "sm_90" and "bf16" in row["case"]
+    path = ROOT / "kernels" / "abf_kernels" / row["operator"] / "configs.json"
+    measured = {
+        entry.architecture for entry in tuning.read(path).values()
+        if entry.source != tuning.COMPILED
+    }  # fmt: skip
+    if narrow_on_hopper and not any(f"({name})" in row["case"] for name in measured):
+        return int(row["wgmma"])
+    return int(row["mma_sync"]) + int(row["wgmma"])
+
+
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str]]:
     """Of every shipped build, compiled here and now: a cache of earlier runs would hide that it no
@@ -79,7 +94,7 @@ def test_nothing_spills_unless_it_says_why_and_everything_can_be_launched(
     assert {row["target"] for row in rows} == {"sm_80", "sm_90"}
     for row in rows:
         assert (int(row["stack_bytes"]) > 0) == bool(row["spills"]), row
-        assert int(row["stack_bytes"]) <= 80, row
+        assert int(row["stack_bytes"]) <= STACK, row
         assert int(row["shared_bytes"]) <= int(row["shared_limit"]), row
         assert int(row["blocks_per_multiprocessor"]) > 0, row
 
@@ -92,8 +107,7 @@ def test_attention_has_matrix_instructions_and_copies_that_do_not_wait(
     # float32, and the target's own.
     assert len(cases) == 3 * 2 * 2 * 3
     for row in cases:
-        narrow_on_hopper = row["target"] == "sm_90" and "bf16" in row["case"]
-        assert int(row["wgmma" if narrow_on_hopper else "mma_sync"]) > 0, row
+        assert matrix_instructions(row) > 0, row
         assert int(row["cp_async"]) > 0, row
         if "default" in row["case"]:
             assert int(row["shared_bytes"]) <= 99 << 10, row
@@ -114,7 +128,7 @@ def test_other_operators_have_them_in_bfloat16(rows: list[dict[str, str]]) -> No
         for target in ("sm_80", "sm_90")
     }
     for row in cases:
-        assert int(row[{"sm_80": "mma_sync", "sm_90": "wgmma"}[row["target"]]]) > 0, row
+        assert matrix_instructions(row) > 0, row
         assert int(row["cp_async"]) > 0, row
 
 

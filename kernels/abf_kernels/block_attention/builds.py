@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from abf_kernels.ahead import TARGETS, Build, targets
@@ -18,10 +18,10 @@ SCALARS = dict.fromkeys(("scale", "grad_scale"), "fp32")
 SCALARS |= dict.fromkeys(("H", "R", "M", "N", "tiles", "max_entries"), "i32")
 
 
-def builds() -> Iterator[Build]:
-    """Every row of the table for each type it serves; the plan's kernels with the tiles in use."""
+def builds(rows: Iterable[Row] | None = None) -> Iterator[Build]:
+    """The rows (default: all) for each type they serve; the plan's kernels for their tiles."""
     plans = set()
-    for row in ROWS.values():
+    for row in ROWS.values() if rows is None else rows:
         config = parse(row)
         for dtype in (name for name, size in NAMES.items() if size == row.itemsize):
             for target in targets(row.architecture):

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from abf_kernels.ahead import Build, targets
 from abf_kernels.block_decode import triton as kernels
 from abf_kernels.block_decode.configs import ROWS, SHARE, merging, parse
+from abf_kernels.tuning import Row
 
 WHOLE = ("table", "lengths", "queries", "own", "seen")
 OTHERS = ("N", "H", "parts", "pages_each", "page_size")
@@ -15,9 +16,9 @@ OTHERS = ("N", "H", "parts", "pages_each", "page_size")
 NAMES = {2: "bf16", 4: "fp32"}
 
 
-def builds() -> Iterator[Build]:
-    """A part of a request's keys, and the merge of parts, of every row."""
-    for row in ROWS.values():
+def builds(rows: Iterable[Row] | None = None) -> Iterator[Build]:
+    """A part of a request's keys, and the merge of parts, of the rows (default: all)."""
+    for row in ROWS.values() if rows is None else rows:
         dtype, dim = NAMES[row.itemsize], row.dim
         for target in targets(row.architecture):
             sizes = {"R": 4, "D": dim, "SHARE": SHARE, **parse(row).launch(dim)}

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from abf_kernels.ahead import Build, targets
 from abf_kernels.masked_loss import triton as kernels
 from abf_kernels.masked_loss.configs import ROWS, parse
+from abf_kernels.tuning import Row
 
 SIZES = {"R": "i32", "V": "i32", "d": "i32:16", "stride_h": "i32:16", "stride_m": "i32:16"}
 NAMES = {2: "bf16", 4: "fp32"}
 
 
-def builds() -> Iterator[Build]:
-    """The loss, predictions of 1 and 4 tokens, and the gradient's slope, of every row."""
-    for row in ROWS.values():
+def builds(rows: Iterable[Row] | None = None) -> Iterator[Build]:
+    """Of the rows (default: all) the loss, predictions of 1 and 4 tokens, the gradient's slope."""
+    for row in ROWS.values() if rows is None else rows:
         dtype = NAMES[row.itemsize]
         for target in targets(row.architecture):
             launch = parse(row).launch()
