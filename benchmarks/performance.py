@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import argparse
 import csv
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-
-from abf.report.svg import PALETTE, Style, svg_text
 
 ROOT = Path(__file__).parent.parent
 RESULTS, PAGE, FIGURES = (
@@ -66,6 +65,11 @@ def value(row: dict[str, str]) -> str:
     return "{:.3g} [{:.3g}, {:.3g}]".format(*figures)
 
 
+def where(rows: Sequence[dict[str, str]]) -> str:
+    """What rows were measured on, and of which commit."""
+    return "{device}, torch {torch}, at {git_sha}.".format(**rows[0])
+
+
 def cpu_table() -> str:
     """Attention on the CPU."""
     found = rows_of("cpu_attention.csv")
@@ -73,8 +77,29 @@ def cpu_table() -> str:
         [row["figure"], value(row), str(CPU_GOALS.get(row["figure"], "")), row["detail"]]
         for row in found
     )
-    where = f"{found[0]['device']}, torch {found[0]['torch']}, at {found[0]['git_sha']}"
-    return f"{where}.\n\n" + table(["figure", "measured", "goal", "detail"], body)
+    return f"{where(found)}\n\n" + table(["figure", "measured", "goal", "detail"], body)
+
+
+def training_table() -> str:
+    """Ratios of training speed."""
+    found = rows_of("cpu_train.csv")
+    body = (
+        [row["figure"].removeprefix("training speed, "), value(row),
+         f"{detail(row, r'goal at least ([0-9.]+)'):g}"]
+        for row in found if row["figure"].startswith("training speed")
+    )  # fmt: skip
+    return f"{where(found)}\n\n" + table(["clean tokens/s", "ratio", "goal"], body)
+
+
+def decoding_table() -> str:
+    """Tokens/s over AR, and what as many passes allow."""
+    found = rows_of("cpu_decode.csv")
+    body = (
+        [row["figure"].removeprefix("tokens/s, "), value(row), f"{of[2]:.2f}"]
+        for row in found if (of := decoding(row)) is not None
+    )  # fmt: skip
+    head = ["tokens/s", "ratio", "if a pass cost what AR's does"]
+    return f"{where(found)}\n\n" + table(head, body)
 
 
 def gpu_table() -> str:
@@ -113,45 +138,53 @@ def _instructions(row: dict[str, str]) -> str:
     return ", ".join(name for key, name in names.items() if int(row[key])) or "none of these"
 
 
-def bars(rows: Sequence[dict[str, str]], label: str, goals: dict[str, float]) -> str:
-    """One bar a figure, with its interval, and a mark where the goal is."""
-    with Style() as plt:
-        figure, axis = plt.subplots(figsize=(7.6, 0.7 + 0.34 * len(rows)))
-        for y, row in enumerate(rows):
-            low, middle, high = (float(row[name]) for name in ("low", "value", "high"))
-            axis.barh(y, middle, height=0.6, color=PALETTE[0], alpha=0.75)
-            axis.plot([low, high], [y, y], color="black", lw=1.2)
-            if (goal := goals.get(row["figure"])) is not None:
-                axis.plot([goal, goal], [y - 0.42, y + 0.42], color=PALETTE[1], lw=2)
-        axis.set_yticks(range(len(rows)), [row["figure"] for row in rows])
-        axis.invert_yaxis()
-        axis.set_xlim(left=0)
-        axis.set_xlabel(label)
-        axis.grid(axis="y", visible=False)
-        return svg_text(figure)
+def detail(row: dict[str, str], pattern: str) -> float:
+    """The number that `pattern` finds in a row's details.
+
+    Raises:
+        ValueError: there is none.
+    """
+    found = re.search(pattern, row["detail"])
+    if found is None:
+        raise ValueError(f"no {pattern!r} in the details of {row['figure']!r}: {row['detail']!r}")
+    return float(found[1])
+
+
+def rates(row: dict[str, str]) -> tuple[float, float]:
+    """GFLOP/s of our tiles and of dense SDPA over seen pairs: 4 D a pair forward, 10 D backward."""
+    sizes = {name: int(size) for name, size in re.findall(r"(\w+)=(\d+)", row["figure"])}
+    pairs = sizes["B"] * sizes["H"] * detail(row, r"density ([\d.]+)") * sizes["2L"] ** 2
+    flops = pairs * sizes["D"] * (14 if row["figure"].startswith("forward+backward") else 4)
+    ours, dense = detail(row, r"tiles ([\d.]+) ms"), detail(row, r"mask ([\d.]+) ms")
+    return flops / ours / 1e6, flops / dense / 1e6
+
+
+def decoding(row: dict[str, str]) -> tuple[int, int, float] | None:
+    """(batch, k, ratio if each of its S/k + 1 passes a block cost one of AR's) of a speed's row."""
+    named = re.fullmatch(r"tokens/s, block at k=(\d+) over AR, B=(\d+)", row["figure"])
+    if named is None:
+        return None
+    k, slots = int(named[1]), detail(row, r"S=(\d+)")
+    return int(named[2]), k, slots / (slots / k + 1)
 
 
 def outputs() -> dict[Path, str]:
     """Every file, with what it should hold."""
-    attention = rows_of("cpu_attention.csv")
-    speed = [row for row in attention if row["figure"].startswith("forward")]
-    share = [row for row in attention if row["figure"].startswith("share")]
+    from benchmarks.performance_figures import DRAWN
+
     page = PAGE.read_text()
-    sections = (("cpu", cpu_table()), ("gpu", gpu_table()), ("compiled", compiled_table()))
-    for name, text in sections:
+    sections = {
+        "cpu": cpu_table(), "training": training_table(), "decoding": decoding_table(),
+        "gpu": gpu_table(), "compiled": compiled_table(),
+    }  # fmt: skip
+    for name, text in sections.items():
         begin = BEGIN.format(name=name)
         if page.count(begin) != 1:
             raise SystemExit(f"{PAGE} must hold the line {begin} once, and {END} behind it")
         before, _, rest = page.partition(begin)
         _, _, after = rest.partition(END)
         page = f"{before}{begin}\n{text}\n{END}{after}"
-    over = "times faster than SDPA with a dense boolean mask (orange: the goal)"
-    ceiling = "share of the rate of a large matrix product in the same rounds"
-    return {
-        PAGE: page,
-        FIGURES / "attention_speed.svg": bars(speed, over, CPU_GOALS),
-        FIGURES / "attention_ceiling.svg": bars(share, ceiling, {}),
-    }
+    return {PAGE: page} | {FIGURES / f"{name}.svg": draw() for name, draw in DRAWN.items()}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

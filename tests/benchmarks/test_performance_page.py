@@ -11,6 +11,7 @@ from benchmarks import performance
 from benchmarks.gpu import problem, serving
 from benchmarks.gpu.table import Table
 from benchmarks.gpu.timing import Figure
+from benchmarks.performance_figures import DRAWN
 
 PEERS = ("Flex", "Flex FLASH", "dense SDPA")
 
@@ -47,6 +48,33 @@ def test_a_figure_that_changes_makes_the_page_stale(
     assert performance.main([]) == 0
     assert "| 77.2 [" in (copied / "docs" / "performance.md").read_text()
     assert performance.main(["--check"]) == 0
+
+
+def test_rates_count_seen_pairs() -> None:
+    row = {
+        "figure": "forward+backward, fp32, B=1 H=2 2L=100 D=64",
+        "detail": "tiles 2.0 ms, dense SDPA with a boolean mask 4.0 ms; density 0.250, tile waste",
+    }
+    # 2 heads, 2500 pairs each, 14 x 64 operations a pair, in 2 and 4 ms.
+    flops = 2 * 2500 * 14 * 64
+    assert performance.rates(row) == pytest.approx((flops / 2e6, flops / 4e6))
+    row["figure"] = row["figure"].removeprefix("forward+backward").join(("forward", ""))
+    assert performance.rates(row) == pytest.approx((flops / 3.5 / 2e6, flops / 3.5 / 4e6))
+    with pytest.raises(ValueError, match="no 'density"):
+        performance.rates(row | {"detail": "tiles 2.0 ms, mask 4.0 ms"})
+
+
+def test_passes_of_a_block_bound_its_speed() -> None:
+    row = {"figure": "tokens/s, block at k=4 over AR, B=8", "detail": "28M, S=16, fp32"}
+    assert performance.decoding(row) == (8, 4, 16 / 5)
+    assert performance.decoding(row | {"figure": "event log's share, B=8"}) is None
+
+
+def test_figures_are_small_and_not_empty() -> None:
+    for name, draw in DRAWN.items():
+        text = draw()
+        assert len(text) < 100_000, name
+        assert text.count("<path") > 20, name
 
 
 def test_what_was_not_measured_on_a_gpu_is_said_not_to_be(copied: Path) -> None:
