@@ -249,7 +249,10 @@ def _gradients(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v, from weights computed anew."""
     alpha = scale * math.log2(math.e)
-    groups = _groups(range(work.kv_heads), k.shape[2] * k.shape[3])
+    # Beside the gradients of several batch rows, the sums of one are no matter; a group of heads
+    # less makes larger products, which short documents need.
+    single = len(q) == 1
+    groups = _groups(range(work.kv_heads), k.shape[2] * k.shape[3] if single else 0)
     delta = torch.empty_like(top)
     for row, group in itertools.product(range(len(q)), groups):
         heads = slice(group.start * work.repeat, group.stop * work.repeat)
