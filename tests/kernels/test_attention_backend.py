@@ -46,6 +46,7 @@ def called(monkeypatch: pytest.MonkeyPatch) -> set[tuple[str, str]]:
         watch("block_attention", backend, "attend")
         watch("block_decode", backend, "attend")
         watch("masked_loss", backend, "loss")
+        watch("masked_loss", backend, "predict")
     return found
 
 
@@ -87,7 +88,7 @@ def test_decoding(tmp_path: Path, called: set[tuple[str, str]]) -> None:
                 for number, cfg in enumerate(decoders(backend))
             ]
         )
-        assert called == {("block_decode", backend)}
+        assert called == {("block_decode", backend), ("masked_loss", backend)}
     found, wanted = runs
     assert found == wanted
     assert len(set(found[0][0])) > 2

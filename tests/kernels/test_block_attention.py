@@ -11,6 +11,7 @@ from abf_kernels.block_attention import configs, plan, tiles
 from abf_kernels.block_attention.api import block_attention
 from abf_kernels.block_attention.metadata import causal_ranges, two_stream_ranges
 from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.kernels.dense import (
@@ -87,10 +88,10 @@ def test_causal_rows_with_int64_ranges_and_scale(backend):
 
 
 @settings(max_examples=30, deadline=None, suppress_health_check=SHARED_FIXTURE)
-@given(drawn=any_ranges())
-def test_any_ranges_whatever_their_order(backend, drawn):
+@given(drawn=any_ranges(), seed=st.integers(0, 2**32 - 1))
+def test_any_ranges_whatever_their_order(backend, drawn, seed):
     ranges, n_keys = drawn
-    check(ranges, n_keys, backend=backend, dtype=widest(backend))
+    check(ranges, n_keys, backend=backend, dtype=widest(backend), seed=seed)
 
 
 @pytest.mark.parametrize(("rows", "columns"), [(tiles.ROWS, plan.COLUMNS), (16, 8), (5, 1)])

@@ -25,6 +25,7 @@ from abf_kernels.block_decode.api import (
 )
 from torch import Tensor
 
+from tests.kernels.fresh import fresh
 from tests.kernels.poison import poison
 
 # Largest error over largest value.
@@ -34,7 +35,6 @@ TOLERANCE = {
     torch.float16: 2e-3,
     torch.bfloat16: 1e-2,
 }
-SEEDS = itertools.count(np.random.SeedSequence().entropy % 2**32)  # printed where a test fails
 
 
 @pytest.fixture(autouse=True)
@@ -74,9 +74,7 @@ def draw(
     cached, queries, own, *, heads=(4, 2), dim=16, page=16, causal=False, gap=1, dtype=torch.float32
 ):
     """Requests of so many cached keys, queries and new rows, `gap` rows of nobody between them."""
-    seed = next(SEEDS)
-    print(f"{seed=}")
-    generator = torch.Generator().manual_seed(seed)
+    generator = fresh()
 
     def normal(*shape):
         return torch.randn(*shape, generator=generator).to(dtype)

@@ -5,8 +5,6 @@ Letters: R rows, d width, V vocabulary, k likeliest tokens.
 
 from __future__ import annotations
 
-import itertools
-
 import numpy as np
 import pytest
 import torch
@@ -14,12 +12,12 @@ from abf_kernels.masked_loss import tiles
 from abf_kernels.masked_loss import triton as kernels
 from abf_kernels.masked_loss.api import masked_loss, predict
 
+from tests.kernels.fresh import fresh
 from tests.kernels.poison import poison
 
 # Largest error over largest value, of nats (float32 at least) and of gradients (in the dtype).
 NATS = {torch.float64: 1e-13, torch.float32: 3e-6, torch.float16: 3e-6, torch.bfloat16: 2e-2}
 GRADS = {torch.float64: 1e-13, torch.float32: 5e-6, torch.float16: 2e-3, torch.bfloat16: 6e-2}
-SEEDS = itertools.count(np.random.SeedSequence().entropy % 2**32)  # printed where a test fails
 
 
 @pytest.fixture(autouse=True)
@@ -40,9 +38,7 @@ def backend(request, monkeypatch):
 
 
 def draw(R, d, V, dtype=torch.float32, *, scale=1.0):
-    seed = next(SEEDS)
-    print(f"{seed=}")
-    generator = torch.Generator().manual_seed(seed)
+    generator = fresh()
     hidden = torch.randn(R, d, generator=generator).mul(scale).to(dtype)
     matrix = torch.randn(V, d, generator=generator).to(dtype)
     target = torch.randint(V, (R,), generator=generator)

@@ -31,10 +31,18 @@ def two_streams(layout, clean_stream="context_causal"):
     return two_stream_ranges(document_id, block_id, clean_stream=clean_stream)
 
 
-@pytest.mark.parametrize("dim", [64, 128, 72])
-def test_float16_with_grouped_heads(dim):
-    ranges = two_streams("rows_that_differ")
-    check(ranges, 120, backend="triton", dtype=torch.float16, heads=(4, 2), dim=dim)
+@pytest.mark.parametrize(
+    ("dim", "layout", "heads"),
+    [
+        (64, "longer_than_a_tile", (2, 1)),
+        (72, "blocks_of_one", (4, 2)),
+        (72, "padding", (2, 2)),
+        (128, "rows_that_differ", (4, 2)),
+    ],
+)
+def test_float16_with_grouped_heads(dim, layout, heads):
+    ranges = two_streams(layout)
+    check(ranges, ranges.shape[1], backend="triton", dtype=torch.float16, heads=heads, dim=dim)
 
 
 def test_streams_of_different_lengths():
