@@ -101,7 +101,8 @@ def test_other_precisions(dtype, cpu_backend):
 def test_predictions(R, d, V, dtype, backend):
     inputs = hidden, matrix, target, _ = draw(R, d, V, dtype, scale=0.3)
     nats, entropy, probs = oracle(*inputs[:3])
-    for top in sorted({1, min(3, V), min(8, V)}):
+    # The interpreter pays for every one of them, and of rows for whole tiles.
+    for top in sorted({1, min(3, V)} | ({min(8, V)} if R < 10 else set())):
         found = predict(hidden, matrix, target, backend=backend, top=top)
         best = probs.topk(top)
         assert found.nats is not None

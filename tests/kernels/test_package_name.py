@@ -13,18 +13,24 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.parametrize("first", ["stand-in", "repository"])
-@pytest.mark.parametrize("order", ["import kernels, abf_kernels", "import abf_kernels, kernels"])
-def test_neither_kernels_shadows_the_other(tmp_path, first, order):
-    """The PyPI package `kernels`, which transformers imports, and this folder of the same name."""
+def test_neither_kernels_shadows_the_other(tmp_path, first):
+    """The PyPI package `kernels`, which transformers imports, and this folder of the same name,
+    whichever is imported first."""
     (tmp_path / "kernels").mkdir()
     (tmp_path / "kernels" / "__init__.py").write_text("is_stand_in = True\n")
     paths = [str(tmp_path), str(ROOT), str(ROOT / "kernels")]
     if first == "repository":
         paths = [*paths[1:], paths[0]]
     program = (
-        f"{order}\nimport sys, abf_kernels.block_attention.api as api\n"
-        "assert kernels.is_stand_in\n"
-        f"assert abf_kernels.__path__[0] == {str(ROOT / 'kernels' / 'abf_kernels')!r}\n"
+        "import sys\n"
+        "for order in ('kernels', 'abf_kernels.block_attention.api'), ('abf_kernels', 'kernels'):\n"
+        "    for name in [m for m in sys.modules if 'kernels' in m.split('.')[0]]:\n"
+        "        del sys.modules[name]\n"
+        "    for name in order:\n"
+        "        __import__(name)\n"
+        "    import kernels, abf_kernels\n"
+        "    assert kernels.is_stand_in\n"
+        f"    assert abf_kernels.__path__[0] == {str(ROOT / 'kernels' / 'abf_kernels')!r}\n"
         "assert not any(m == 'abf' or m.startswith('abf.') for m in sys.modules)\n"
     )
     done = subprocess.run(
