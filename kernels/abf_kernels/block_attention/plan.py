@@ -6,7 +6,9 @@ but the number of key columns. Letters: B batch, M queries, N keys.
 
 from __future__ import annotations
 
+import bisect
 import itertools
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
@@ -37,6 +39,19 @@ class Tile(NamedTuple):
     columns: int
     spans: list[tuple[int, int]]
     masked: list[Run]
+    seen: list[tuple[int, int, int]]  # (first key, last key + 1, column) some query may see
+
+
+class Island(NamedTuple):
+    """Tiles that see no key which tiles of another island see, and the keys that they may see."""
+
+    tiles: list[Tile]
+    keys: list[tuple[int, int]]  # in order, apart from one another
+
+    @property
+    def size(self) -> int:
+        """How many keys."""
+        return sum(end - start for start, end in self.keys)
 
 
 # (first key, last key + 1, ranges to mask by); no ranges where every query of the tile sees all.
@@ -71,6 +86,51 @@ def plan_tiles(ranges: Tensor, n_keys: int, rows: int) -> list[list[Tile]]:
         ]
         for row in edges
     ]
+
+
+def islands(tiles: list[Tile], keys: int) -> list[Island]:
+    """Part tiles by the keys they see; parts go together while they have at most `keys` keys.
+
+    A document is a part, for its rows see nothing beyond it: a pass that sums over the rows needs
+    memory for the keys of one island at a time.
+    """
+    areas = _joined(sorted(span[:2] for tile in tiles for span in tile.seen), apart=0)
+    starts = [start for start, _ in areas]
+    home = list(range(len(areas)))  # of each area another one of its part, or itself
+
+    def find(area: int) -> int:
+        while home[area] != area:
+            area = home[area]
+        return area
+
+    for tile in tiles:
+        met = [find(bisect.bisect(starts, start) - 1) for start, _, _ in tile.seen]
+        for area in met:
+            home[area] = min(met)
+    parts: dict[int, Island] = {}
+    for number, area in enumerate(areas):
+        parts.setdefault(find(number), Island([], [])).keys.append(area)
+    for tile in tiles:
+        if tile.seen:
+            parts[find(bisect.bisect(starts, tile.seen[0][0]) - 1)].tiles.append(tile)
+    found: list[Island] = []
+    for part in parts.values():
+        if found and found[-1].size + part.size <= keys:
+            last = found.pop()
+            part = Island(last.tiles + part.tiles, sorted(last.keys + part.keys))
+        found.append(part)
+    return [Island(part.tiles, _joined(part.keys)) for part in found]
+
+
+def _joined(spans: Iterable[tuple[int, int]], *, apart: int = 1) -> list[tuple[int, int]]:
+    """Spans in order; one where the next begins less than `apart` keys behind the end."""
+    joined: list[tuple[int, int]] = []
+    for start, end in spans:
+        if joined and start < joined[-1][1] + apart:
+            joined[-1] = (joined[-1][0], max(end, joined[-1][1]))
+        else:
+            joined.append((start, end))
+    return joined
 
 
 def _edges(first: Tensor, rows: int) -> list[list[int]]:
@@ -108,7 +168,7 @@ def _plan_tile(
     height = _up(row_end - row_start, step)
     used = [which for which in (0, 1) if bounds[which][0] < bounds[which][3]]
     if not used:
-        return Tile(row_start, row_end, height, 0, [], [])
+        return Tile(row_start, row_end, height, 0, [], [], [])
     used.sort(key=lambda which: bounds[which][0])
     low, high = bounds[used[0]][0], bounds[used[-1]][3]
     pieces: list[_Piece] = []
@@ -118,20 +178,22 @@ def _plan_tile(
     else:
         for which in used:
             pieces += _cut(which, *bounds[which])
+    needed = _joined((start, end) for start, end, _ in pieces)
     _fill_up(pieces, n_keys)
 
     column = 0
-    spans: list[tuple[int, int]] = []
     masked: list[Run] = []
     for key, key_end, which in pieces:
-        if spans and spans[-1][1] == key:
-            spans[-1] = (spans[-1][0], key_end)
-        else:
-            spans.append((key, key_end))
         if which:
             masked.append(Run(column, column + key_end - key, key, which))
         column += key_end - key
-    return Tile(row_start, row_end, height, column, spans, masked)
+    spans = _joined((start, end) for start, end, _ in pieces)
+    starts = [0, *itertools.accumulate(end - start for start, end in spans)]
+    seen = [
+        (start, end, at + start - first)
+        for (start, end), (first, _), at in zip(needed, spans, starts[:-1], strict=True)
+    ]
+    return Tile(row_start, row_end, height, column, spans, masked, seen)
 
 
 def _cut(which: int, low: int, full_low: int, full_high: int, high: int) -> list[_Piece]:

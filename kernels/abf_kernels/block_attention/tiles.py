@@ -18,7 +18,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from abf_kernels.block_attention.plan import Run, Tile, plan_tiles
+from abf_kernels.block_attention.plan import Island, Run, Tile, islands, plan_tiles
+from abf_kernels.block_attention.scratch import Scratch, Sums, groups
 
 ROWS = 128  # queries of a tile: fewer waste less at ragged edges, more cost less per operation
 SCRATCH = 1 << 19  # most elements of scores, and of key gradients, as far as one kv head allows
@@ -79,14 +80,6 @@ class _Step:
         spans = [x[self.row, self.kv_heads, start:end] for start, end in self.tile.spans]
         return spans[0].contiguous() if len(spans) == 1 else torch.cat(spans, 1)
 
-    def add(self, x: Tensor, value: Tensor) -> None:
-        """Add value [g,D,S] to the keys that it belongs to of x [heads of the group,D,N]."""
-        column = 0
-        for start, end in self.tile.spans:
-            part = value[:, :, column : column + end - start]
-            x[self.places, :, start:end] += part
-            column += end - start
-
     def mask(self, scores: Tensor) -> None:
         """Push the scores [g,R*T,S] of invisible keys far down, in place."""
         by_head = scores.view(-1, self.tile.height, self.tile.columns)
@@ -110,26 +103,38 @@ class _Work:
         self.half = ((end - start) / 2).unsqueeze(-1)
         self.position = torch.arange(n_keys, dtype=self.wide, device=q.device)
 
-    def steps(self, row: int, group: range) -> Iterator[_Step]:
-        """Over the tiles of a batch row, for a group of kv heads."""
-        for tile in self.tiles[row]:
+    def steps(self, row: int, tiles: list[Tile], group: range) -> Iterator[_Step]:
+        """Over tiles of a batch row, for a group of kv heads."""
+        for tile in tiles:
             if not tile.columns:
                 continue
             biases = [self._bias(row, tile, run) for run in tile.masked]
-            for part in _groups(group, self._head_scores(tile)):
+            for part in groups(group, self._head_scores(tile), SCRATCH):
                 heads = slice(part.start * self.repeat, part.stop * self.repeat)
                 shape = (len(part), self.repeat * tile.height, tile.columns)
                 kv_heads, first = slice(part.start, part.stop), part.start - group.start
                 places = slice(first, first + len(part))
                 yield _Step(row, tile, biases, kv_heads, places, heads, shape)
 
-    def scratch_size(self, groups: list[range]) -> int:
-        """Elements of the largest score array among the steps."""
+    def scratch_size(self, among: set[range]) -> int:
+        """Elements of the largest score array among the steps, for these groups of kv heads."""
         scores = {self._head_scores(tile) for tiles in self.tiles for tile in tiles}
-        sizes = (
-            len(part) * size for size in scores for group in groups for part in _groups(group, size)
+        return max(
+            (
+                len(part) * size
+                for size in scores
+                for group in among
+                for part in groups(group, size, SCRATCH)
+            ),
+            default=0,
         )
-        return max(sizes, default=0)
+
+    def parts(self, row: int, dim: int) -> Iterator[tuple[range, Island]]:
+        """Over groups of kv heads and islands of a batch row: both as large as SCRATCH allows."""
+        heads = range(self.kv_heads)
+        for island in islands(self.tiles[row], SCRATCH // (dim * len(heads))):
+            for group in groups(heads, island.size * dim, SCRATCH):
+                yield group, island
 
     def _head_scores(self, tile: Tile) -> int:
         return self.repeat * tile.height * tile.columns
@@ -146,48 +151,6 @@ class _Work:
         return nearest.clamp_min_(0).mul_(FAR)
 
 
-def _groups(heads: range, elements: int) -> list[range]:
-    """As few groups of heads as hold SCRATCH each at most, of so many elements a head."""
-    count = len(heads)
-    parts = max(1, min(count, -(-count * elements // SCRATCH)))
-    return [heads[i * count // parts : (i + 1) * count // parts] for i in range(parts)]
-
-
-class _Scratch:
-    """Memory for one step's scores, in the accumulator's dtype and in that of the GEMM operands.
-
-    The latter may be shared: nobody reads it beyond the product that it was written for.
-    """
-
-    def __init__(self, size: int, work: _Work, like: Tensor, narrow: Tensor | None = None) -> None:
-        self.wide = torch.empty(size, dtype=work.wide, device=like.device)
-        self.is_narrow = like.dtype != work.wide
-        if not self.is_narrow:
-            narrow = self.wide
-        self.narrow = torch.empty_like(self.wide, dtype=like.dtype) if narrow is None else narrow
-
-    def product(
-        self, step: _Step, left: Tensor, right: Tensor, alpha: float, start: Tensor | None = None
-    ) -> Tensor:
-        """start + alpha left right^T in the wide dtype, rounded to the operands' on the way.
-
-        `start` [g,R*T,1] enters the GEMM's own accumulator (float32 in oneDNN), so before rounding.
-        """
-        narrow = self._view(self.narrow, step)
-        if start is not None:
-            narrow.copy_(start)
-        torch.baddbmm(narrow, left, right.mT, beta=int(start is not None), alpha=alpha, out=narrow)
-        return self._view(self.wide, step).copy_(narrow) if self.is_narrow else narrow
-
-    def operand(self, step: _Step, wide: Tensor) -> Tensor:
-        """The scores `wide` as a GEMM operand."""
-        return self._view(self.narrow, step).copy_(wide) if self.is_narrow else wide
-
-    @staticmethod
-    def _view(flat: Tensor, step: _Step) -> Tensor:
-        return flat[: math.prod(step.shape)].view(step.shape)
-
-
 class _TiledAttention(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -200,22 +163,24 @@ class _TiledAttention(torch.autograd.Function):
         top = torch.zeros(*q.shape[:3], 1, dtype=q.dtype, device=q.device)
         log_sum = torch.zeros(*q.shape[:3], 1, dtype=work.wide, device=q.device)
         heads = range(work.kv_heads)
-        scratch = _Scratch(work.scratch_size([heads]), work, q)
-        for step in itertools.chain(*(work.steps(row, heads) for row in range(len(q)))):
+        scratch = Scratch(work.scratch_size({heads}), work.wide, q)
+        for step in itertools.chain(
+            *(work.steps(row, tiles, heads) for row, tiles in enumerate(work.tiles))
+        ):
             qt, kt, vt = step.queries(q), step.keys(k), step.keys(v)
-            scores = scratch.product(step, qt, kt, alpha)
+            scores = scratch.product(qt, kt, alpha)
             step.mask(scores)
             highest = scores.amax(-1, keepdim=True).clamp_min_(FLOOR).to(q.dtype)
             if scratch.is_narrow:
                 # Scores rounded to bfloat16 are off by 1/256 of themselves. Subtracting the
                 # maximum before that rounding leaves the largest weights nearly exact.
-                scores = scratch.product(step, qt, kt, alpha, start=-highest)
+                scores = scratch.product(qt, kt, alpha, start=-highest)
                 step.mask(scores)
             else:
                 scores.sub_(highest)
             weights = scores.exp2_()
             total = weights.sum(-1, keepdim=True).clamp_min_(TINY)
-            mean = torch.bmm(scratch.operand(step, weights), vt)
+            mean = torch.bmm(scratch.operand(weights), vt)
             step.put(out, mean / total)
             step.put(top, highest)
             step.put(log_sum, total.log2_())
@@ -249,47 +214,45 @@ def _gradients(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v, from weights computed anew."""
     alpha = scale * math.log2(math.e)
-    # Beside the gradients of several batch rows, the sums of one are no matter; a group of heads
-    # less makes larger products, which short documents need.
-    single = len(q) == 1
-    groups = _groups(range(work.kv_heads), k.shape[2] * k.shape[3] if single else 0)
     delta = torch.empty_like(top)
-    for row, group in itertools.product(range(len(q)), groups):
-        heads = slice(group.start * work.repeat, group.stop * work.repeat)
+    head_groups = groups(range(q.shape[1]), q.shape[2] * q.shape[3], SCRATCH)
+    for row, group in itertools.product(range(len(q)), head_groups):
+        heads = slice(group.start, group.stop)
         products = grad_out[row, heads].to(work.wide) * out[row, heads]
         delta[row, heads] = products.sum(-1, keepdim=True)
         del products
     grad_q = torch.zeros(q.shape, dtype=q.dtype, device=q.device)
-    grad_k, grad_v = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (k, v))
-    size = work.scratch_size(groups)
-    for_weights = _Scratch(size, work, q)
-    for_grads = _Scratch(size, work, q, for_weights.narrow)
-    # Wide sums of one group at a time; those of all heads would be the most memory there is.
-    # Keys last: x^T w is a quarter faster than w^T x in float32.
-    shape = (2, max(map(len, groups)), k.shape[3], k.shape[2])
-    all_sums = torch.empty(shape, dtype=work.wide, device=k.device)
-    for row, group in itertools.product(range(len(q)), groups):
-        sums = all_sums[:, : len(group)].zero_()
-        for step in work.steps(row, group):
+    grad_k, grad_v = (torch.zeros(x.shape, dtype=x.dtype, device=x.device) for x in (k, v))
+    dim = k.shape[3]
+    parts = [(row, *part) for row in range(len(q)) for part in work.parts(row, dim)]
+    size = work.scratch_size({group for _, group, _ in parts})
+    for_weights = Scratch(size, work.wide, q)
+    for_grads = Scratch(size, work.wide, q, for_weights.narrow)
+    # Wide sums of one part at a time; those of all would be the most memory there is.
+    most = max((len(group) * island.size for _, group, island in parts), default=0)
+    memory = torch.empty(2 * most * dim, dtype=work.wide, device=k.device)
+    for row, group, island in parts:
+        sums = Sums(memory, island, len(group), dim)
+        for step in work.steps(row, island.tiles, group):
             qt, kt, vt = step.queries(q), step.keys(k), step.keys(v)
             grad_t = step.queries(grad_out)
-            weights = for_weights.product(step, qt, kt, alpha, start=-step.queries(top))
+            weights = for_weights.product(qt, kt, alpha, start=-step.queries(top))
             step.mask(weights.sub_(step.queries(log_sum)))
             weights.exp2_()
-            step.add(sums[1], torch.bmm(grad_t.mT, for_weights.operand(step, weights)))
+            sums.add(
+                1, step.tile.seen, step.places, torch.bmm(grad_t.mT, for_weights.operand(weights))
+            )
 
             # As with the maximum: dP - delta cancels, so most of delta goes in before the rounding.
             # The rest is taken from these very weights: `out` was rounded to q's dtype, and where
             # one key holds nearly all weight (attention sinks) that error is larger than the
             # gradient.
-            grads = for_grads.product(step, grad_t, vt, 1.0, start=-step.queries(delta))
+            grads = for_grads.product(grad_t, vt, 1.0, start=-step.queries(delta))
             grads.mul_(weights)
             grads.addcmul_(weights, grads.sum(-1, keepdim=True), value=-1)
-            operand = for_grads.operand(step, grads)
+            operand = for_grads.operand(grads)
             step.put(grad_q, torch.bmm(operand, kt).mul_(scale))
-            step.add(sums[0], torch.bmm(qt.mT, operand))
-        sums[0] *= scale
-        for wide, grad in zip(sums, (grad_k, grad_v), strict=True):
-            for source, head in zip(wide, group, strict=True):
-                grad[row, head] = source.T.contiguous()  # only whole matrices transpose in blocks
+            sums.add(0, step.tile.seen, step.places, torch.bmm(qt.mT, operand))
+        sums.put(0, grad_k[row], group, scale)
+        sums.put(1, grad_v[row], group, 1.0)
     return grad_q, grad_k, grad_v
