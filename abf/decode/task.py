@@ -183,9 +183,7 @@ def decode(
         for start in range(0, len(prompts), cfg.batch_size):
             part = prompts[start : start + cfg.batch_size]
             samples += engine.run(part, new_tokens=new_tokens, trace=trace)
-            nfe = sum(sample.nfe for sample in samples)
-            tokens = sum(len(sample.token_ids) for sample in samples)
-            progress.update(len(part), tokens_per_forward=tokens / nfe)
+            progress.update(len(part), **telling(samples))
     return samples
 
 
@@ -211,6 +209,17 @@ def samples_table(samples: Sequence[Sample], tokenizer: TextTokenizer) -> pa.Tab
         },
         schema=SAMPLES,
     )
+
+
+def telling(samples: Sequence[Sample]) -> dict[str, float]:
+    """What the progress line says: tokens a forward, and shares of blocks that did not end by
+    themselves, if there are any."""
+    blocks = sum(len(s.block_length) for s in samples)
+    forced = sum(s.forced_blocks for s in samples) / blocks
+    stalled = sum(s.stalled_blocks for s in samples) / blocks
+    speed = sum(len(s.token_ids) for s in samples) / sum(s.nfe for s in samples)
+    ends = {"forced_blocks": forced, "stalled_blocks": stalled}
+    return {"tokens_per_forward": speed} | {name: share for name, share in ends.items() if share}
 
 
 def summary(samples: Sequence[Sample], wall_s: float) -> dict[str, int | float | str]:

@@ -86,6 +86,25 @@ def test_log_samples_and_counts_agree(
     assert ("joules" in counts) == (not counts["energy_source"].startswith("not measured"))
 
 
+@pytest.mark.parametrize(("steps", "told"), [(2, "  forced_blocks 1\n"), (16, "")])
+def test_the_progress_line_tells_of_blocks_that_did_not_end_by_themselves(
+    corpus: Corpus, tmp_path: Path, capsys: pytest.CaptureFixture[str], steps: int, told: str
+) -> None:
+    """One token is sure a step, so blocks of 16 that may take two steps are all cut short."""
+    decoder = DecoderConfig(
+        strategy=ThresholdStrategy(threshold=1),
+        extent=FixedExtent(length=16),
+        precision="fp32",
+        max_steps_per_block=steps,
+    )
+    task = TASK.model_copy(update={"new_tokens": 16})
+    counts = decoded(corpus, tmp_path, decoder, task)
+    assert counts["forced_share"] == bool(told)
+    last = capsys.readouterr().err.splitlines(keepends=True)[-1]
+    assert "4/4 prompt (100 %)" in last
+    assert last.partition("tokens_per_forward ")[2].lstrip("0123456789.") == (told or "\n")
+
+
 def test_prompts_are_long_enough_documents_from_the_whole_split(
     corpus: Corpus, tmp_path: Path
 ) -> None:
