@@ -119,10 +119,10 @@ def islands(tiles: list[Tile], keys: int) -> list[Island]:
             last = found.pop()
             part = Island(last.tiles + part.tiles, sorted(last.keys + part.keys))
         found.append(part)
-    return [Island(part.tiles, _joined(part.keys)) for part in found]
+    return [Island(part.tiles, _joined(part.keys, apart=1)) for part in found]
 
 
-def _joined(spans: Iterable[tuple[int, int]], *, apart: int = 1) -> list[tuple[int, int]]:
+def _joined(spans: Iterable[tuple[int, int]], *, apart: int) -> list[tuple[int, int]]:
     """Spans in order; one where the next begins less than `apart` keys behind the end."""
     joined: list[tuple[int, int]] = []
     for start, end in spans:
@@ -178,7 +178,7 @@ def _plan_tile(
     else:
         for which in used:
             pieces += _cut(which, *bounds[which])
-    needed = _joined((start, end) for start, end, _ in pieces)
+    first, last = pieces[0][0], pieces[-1][1]
     _fill_up(pieces, n_keys)
 
     column = 0
@@ -187,12 +187,12 @@ def _plan_tile(
         if which:
             masked.append(Run(column, column + key_end - key, key, which))
         column += key_end - key
-    spans = _joined((start, end) for start, end, _ in pieces)
-    starts = [0, *itertools.accumulate(end - start for start, end in spans)]
-    seen = [
-        (start, end, at + start - first)
-        for (start, end), (first, _), at in zip(needed, spans, starts[:-1], strict=True)
-    ]
+    spans = _joined(((start, end) for start, end, _ in pieces), apart=1)
+    seen: list[tuple[int, int, int]] = []
+    column = 0
+    for start, end in spans:
+        seen.append((max(start, first), min(end, last), column + max(first - start, 0)))
+        column += end - start
     return Tile(row_start, row_end, height, column, spans, masked, seen)
 
 
