@@ -59,6 +59,34 @@ def test_a_wrong_operator_ends_the_run(name: str, monkeypatch: pytest.MonkeyPatc
             checks.verify(CPU, (torch.float32,), "tiles")
 
 
+def test_what_an_operator_leaves_unwritten_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    with checks.unwritten_is_nan():
+        assert torch.empty(3).isnan().all()
+    assert not torch.are_deterministic_algorithms_enabled()
+    right = checks.block_attention
+
+    def unwritten(*args: Any, backend: Any, **more: Any) -> Any:
+        out, lse = right(*args, backend=backend, **more)
+        padding = torch.arange(out.shape[2]) == 250
+        return torch.where(padding[:, None], torch.empty_like(out), out), lse
+
+    monkeypatch.setattr(checks, "block_attention", unwritten)
+    with pytest.raises(checks.WrongResultError, match=r"block_attention D=64.*: out.* error nan"):
+        checks.verify(CPU, (torch.float32,), "tiles", (64,))
+
+
+def test_attention_is_checked_with_shared_heads_and_streams_of_any_lengths() -> None:
+    seen = []
+    for name, actual, expected in checks._attention(CPU, torch.float32, "tiles", (64, 128)):
+        assert checks.distance(actual, expected) < 1e-4
+        seen.append((name, tuple(actual.shape)))
+    rows = {257 * 2, 257 + 243}
+    assert {shape[2] for name, shape in seen if name.endswith("out")} == rows
+    assert {shape for name, shape in seen if name.endswith("dk") and "128" in name} == {
+        (1, 1, n, 128) for n in rows
+    }
+
+
 def test_rates_count_the_pairs_that_are_seen() -> None:
     problem = problems.Problem(TINY, torch.float32, CPU)
     sees = problems.mask_of(problem)
