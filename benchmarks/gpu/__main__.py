@@ -25,7 +25,7 @@ from benchmarks.gpu.table import Table, file_of, machine
 from benchmarks.gpu.timing import Clock, CudaClock, Figure
 
 RESULTS = Path(__file__).parent.parent / "results"
-PARTS = ("ceilings", "metadata", "decode", "loss", "attention", "graphs")
+PARTS = ("ceilings", "metadata", "causal", "decode", "loss", "attention", "graphs")
 MINUTES, TUNING = 10.0, 60.0
 
 
@@ -39,7 +39,7 @@ class Job(NamedTuple):
 
 def jobs(device: torch.device, clock: Clock, *, quick: bool) -> list[Job]:
     """What there is to measure, the cheap first: FlexAttention's compilation takes most time."""
-    from benchmarks.gpu import attention, ceilings, metadata, problem, serving
+    from benchmarks.gpu import attention, causal, ceilings, metadata, problem, serving
 
     rounds, n = (7, 4096) if quick else (25, 8192)
     name = torch.cuda.get_device_name(device)
@@ -52,6 +52,8 @@ def jobs(device: torch.device, clock: Clock, *, quick: bool) -> list[Job]:
     for case in cases[:2]:
         work = partial(metadata.run, case, device, clock, rounds=rounds)
         found.append(Job("metadata", str(case), work))
+        work = partial(causal.run, case, device, clock, rounds=rounds)
+        found.append(Job("causal", str(case), work))
     for cache in serving.CACHES[:2] if quick else serving.CACHES:
         work = partial(serving.decoding, cache, device, clock, rounds=rounds)
         found.append(Job("decode", str(cache), work))

@@ -11,18 +11,15 @@ from typing import Any
 
 import torch
 import torch._dynamo
-from abf_kernels.block_attention.api import block_attention
 from abf_kernels.block_attention.triton import config_of
 from abf_kernels.block_attention.triton_plan import DevicePlan
 from torch._dynamo.exc import FailOnRecompileLimitHit
 from torch._dynamo.utils import counters
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
-from torch.nn.functional import scaled_dot_product_attention
 from triton import knobs
 
 from benchmarks.gpu.attention import Peer, ours
-from benchmarks.gpu.problem import FORWARD, Case, Problem, mask_of
+from benchmarks.gpu.problem import Case, Problem, mask_of
 from benchmarks.gpu.timing import Clock, Figure, figure, interleaved
 
 
@@ -116,37 +113,6 @@ def flex_recompilations(
 
 
 def run(case: Case, device: torch.device, clock: Clock, *, rounds: int) -> Iterator[Figure]:
-    """Bounds, compilations of ours, and the limit without a mask."""
+    """Bounds, and compilations of ours."""
     yield from bounds(case, device, clock, rounds=rounds)
-    yield from causal(case, device, clock, rounds=rounds)
     yield recompilations(case, device)
-
-
-def causal(case: Case, device: torch.device, clock: Clock, *, rounds: int) -> Iterator[Figure]:
-    """The exact-FLOP limit: FlashAttention, causal, over L, twice; ours given causal ranges."""
-    shape = case.shape
-    length = shape.length // 2
-    q, k, v = (
-        torch.randn(2 * shape.batch, heads, length, shape.dim, device=device).bfloat16()
-        for heads in (shape.heads, case.groups, case.groups)
-    )
-    position = torch.arange(length, dtype=torch.int32, device=device)
-    nothing = torch.zeros_like(position)
-    ranges = torch.stack((nothing, position + 1, nothing, nothing), -1)
-    ranges = ranges.expand(len(q), -1, -1).contiguous()
-
-    def flash() -> object:
-        with torch.no_grad(), sdpa_kernel(SDPBackend.FLASH_ATTENTION):
-            return scaled_dot_product_attention(
-                q, k, v, is_causal=True, enable_gqa=shape.heads != case.groups
-            )
-
-    def tiles() -> object:
-        with torch.no_grad():
-            return block_attention(q, k, v, ranges, backend="triton")
-
-    seconds = interleaved({"FlashAttention": flash, "ours": tiles}, clock, rounds=rounds)
-    work = FORWARD * shape.dim * shape.heads * len(q) * length * (length + 1) // 2
-    for name, series in seconds.items():
-        rates = [work / s / 1e12 for s in series]
-        yield figure(f"forward, {name}, causal over L twice, {case}", rates, "TFLOP/s")

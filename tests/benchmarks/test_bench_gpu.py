@@ -15,9 +15,10 @@ import pytest
 import torch
 import torch._dynamo
 from torch._dynamo.exc import FailOnRecompileLimitHit
+from torch.nn.attention import SDPBackend
 
 from benchmarks.bench_attention import Shape
-from benchmarks.gpu import attention, ceilings, checks, metadata, serving
+from benchmarks.gpu import attention, causal, ceilings, checks, metadata, serving
 from benchmarks.gpu import problem as problems
 from benchmarks.gpu.__main__ import PARTS, jobs, main
 from benchmarks.gpu.timing import Figure, cpu_clock, figure, interleaved, ratio
@@ -101,6 +102,41 @@ def test_rates_count_the_pairs_that_are_seen() -> None:
         assert problem.flops(problems.FORWARD) == 4 * 16 * 2 * seen
         assert problem.density() == pytest.approx(seen / 96**2)
         assert problems.tile_waste(problem) * seen >= seen
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_the_causal_limit_counts_its_pairs_both_ways(groups: int) -> None:
+    """A clock of one microsecond: rates are the counted FLOPs."""
+    case = problems.Case(Shape(1, 2, 96, 16), groups, {})
+    arguments: dict[str, Any] = {"backend": "tiles", "dtype": torch.float32, "rounds": 2}
+
+    def clock(call: Callable[[], object]) -> float:
+        call()
+        return 1e-6
+
+    rows = {
+        row.figure: row.value
+        for row in causal.run(case, CPU, clock, kernel=SDPBackend.MATH, **arguments)
+    }
+    pairs = 2 * 2 * sum(range(1, 49))
+    for step, per_pair in (("forward", 4), ("backward", 10)):
+        end = f"causal over L twice, {case}"
+        for name in ("FlashAttention", "ours"):
+            assert rows.pop(f"{step}, {name}, {end}") == pytest.approx(per_pair * 16 * pairs / 1e6)
+        assert rows.pop(f"{step}, ours over FlashAttention, {end}") == 1
+    assert not rows
+
+
+def test_a_wrong_causal_result_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = causal.block_attention
+    monkeypatch.setattr(causal, "block_attention", lambda *a, **more: 1.05 * right(*a, **more))
+    with pytest.raises(AssertionError, match=r"differs from causal FlashAttention by 0\.05"):
+        list(
+            causal.run(
+                TINY, CPU, cpu_clock, rounds=1, backend="tiles", kernel=SDPBackend.MATH,
+                dtype=torch.float32,
+            )
+        )  # fmt: skip
 
 
 def test_every_peer_has_rates_and_a_ratio() -> None:
