@@ -40,14 +40,7 @@ from abf.report.metrics import (
     TPF,
     describe,
 )
-from abf.report.tables import (
-    CellScores,
-    Estimate,
-    Key,
-    admit,
-    differences,
-    estimates,
-)
+from abf.report.tables import CellScores, Estimate, Key, admit, differences, estimates
 
 Found = Mapping[tuple[str, Key], Estimate]
 

@@ -233,11 +233,9 @@ class Trainer:
         what is watched."""
         totals = self._nothing()
         for view in range(1 if corruption is None else corruption.views):
-            noised = (
-                None
-                if corruption is None
-                else corruption.apply(batch, seed=self.seed, epochs=epochs, draw=view)
-            )
+            noised = None
+            if corruption is not None:
+                noised = corruption.apply(batch, seed=self.seed, epochs=epochs, draw=view)
             with counting() as done:
                 loss, terms, noised = self.losses(
                     batch, noised, counts, ("nelbo", "distil") if view else None,
