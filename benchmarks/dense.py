@@ -18,7 +18,7 @@ from abf.data.loader import PackedBatch
 from abf.diffusion.corrupt.base import Noised
 from abf.diffusion.corrupt.path import PathNoised
 from abf.diffusion.layout import length_reads, mask_reads, two_stream
-from abf.diffusion.loss import Term, combine, count_terms, term_weights
+from abf.diffusion.terms import Term, combine, count_terms, term_weights
 from abf.model.transformer import Transformer
 from abf.train.forward import Losses
 

@@ -14,7 +14,7 @@ over ranks and accumulation steps, so a gradient does not depend on how a batch 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -35,18 +35,17 @@ from abf.diffusion.layout import (
     BlockReads,
     Reads,
     block_reads,
-    block_starts,
     length_reads,
     mask_reads,
     next_token_reads,
     one_stream,
-    predicted,
     two_stream,
 )
 from abf.diffusion.needed import Layers, read_states
 from abf.diffusion.path.law import PathLaw
 from abf.diffusion.path.reads import path_charges
 from abf.diffusion.policy.reads import DraftLabels, complete_charges, edit_charges, labels
+from abf.diffusion.terms import Charges, Term, count_terms
 
 
 class Backbone(Layers, Protocol):
@@ -64,56 +63,6 @@ class Backbone(Layers, Protocol):
     def length_logits(self, hidden: Tensor, granularity: Tensor | None = None) -> Tensor: ...
 
     def edits(self, hidden: Tensor) -> Tensor: ...
-
-
-@dataclass
-class Term:
-    """One part of the loss over one micro-batch."""
-
-    sum: Tensor
-    """Scalar, nats, differentiable."""
-    count: int
-    """Tokens or blocks charged in this micro-batch."""
-    watch: Tensor | None = None
-    """See `Charges`."""
-
-
-@dataclass
-class Charges:
-    """Negative log-likelihoods of one term: their sum, and one by one."""
-
-    sum: Tensor
-    """Scalar, differentiable."""
-    nll: Tensor
-    """[R], weighted, without gradient."""
-    slot: Tensor
-    """[R] int64, flat index in B*L of the slot each belongs to (first slot of a block: length)."""
-    watch: Tensor | None = None
-    """Counts of how well a head does (`abf.diffusion.policy.watch`), if it is watched."""
-
-
-def term_weights(loss: LossConfig | None) -> dict[str, float]:
-    """Weight of every term that is computed; None is the AR objective."""
-    if loss is None:
-        return {"ar": 1.0}
-    weights = {
-        "nelbo": 1.0,
-        "ar": loss.ar_weight,
-        "length": loss.length_weight,
-        "edit": loss.edit_weight,
-        "complete": loss.complete_weight,
-        "distil": loss.distil_weight,
-    }
-    return {name: weight for name, weight in weights.items() if weight > 0}
-
-
-def count_terms(batch: PackedBatch, loss: LossConfig | None) -> dict[str, int]:
-    """Count of every term, without a forward pass (to be summed over ranks and micro-batches)."""
-    tokens = int(predicted(batch).sum())
-    blocks = int(block_starts(batch).sum())
-    counts = dict.fromkeys(("nelbo", "ar", "edit", "distil"), tokens)
-    counts |= {"length": blocks, "complete": blocks}
-    return {name: counts[name] for name in term_weights(loss)}
 
 
 def loss_terms(
@@ -150,14 +99,6 @@ def loss_terms(
             model, batch, noised, loss=loss, backend=backend, terms=counts.keys(), guide=guide
         )
     return {name: Term(charges[name].sum, counts[name], charges[name].watch) for name in counts}
-
-
-def combine(
-    terms: Mapping[str, Term], global_counts: Mapping[str, int], weights: Mapping[str, float]
-) -> Tensor:
-    """Loss to differentiate: sum over terms of weight * sum / global count."""
-    parts = [weights[name] / max(global_counts[name], 1) * term.sum for name, term in terms.items()]
-    return torch.stack(parts).sum()
 
 
 @on_its_device

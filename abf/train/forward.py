@@ -17,8 +17,9 @@ from abf.diffusion.config import LossConfig
 from abf.diffusion.corrupt.base import Noised
 from abf.diffusion.corrupt.path import PathNoised
 from abf.diffusion.guide import teach
-from abf.diffusion.loss import Term, combine, loss_terms, term_weights
+from abf.diffusion.loss import loss_terms
 from abf.diffusion.policy.own import write_own
+from abf.diffusion.terms import Term, combine, term_weights
 from abf.model.transformer import Transformer
 from abf.train.config import TrainConfig
 from abf.train.recompute import recomputed

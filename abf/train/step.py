@@ -18,9 +18,9 @@ from abf.data.loader import PackedBatch, PackedRows, row_indices
 from abf.diffusion.corrupt.base import Corrupter, Noised, build_corruption
 from abf.diffusion.corrupt.path import PathNoised
 from abf.diffusion.flops import counting
-from abf.diffusion.loss import Term, count_terms, term_weights
 from abf.diffusion.policy.watch import COMPLETE_COUNTS, EDIT_COUNTS
 from abf.diffusion.regroup import drop_history, regroup
+from abf.diffusion.terms import Term, count_terms, term_weights
 from abf.errors import ConfigError, DivergenceError
 from abf.model.attention import check_backend
 from abf.model.transformer import Transformer

@@ -19,8 +19,9 @@ from abf.diffusion.config import (
 )
 from abf.diffusion.corrupt.base import Noised, build_corruption
 from abf.diffusion.layout import block_starts, positions, run_starts
-from abf.diffusion.loss import Charges, block_charges, scatter
+from abf.diffusion.loss import block_charges, scatter
 from abf.diffusion.regroup import drop_history
+from abf.diffusion.terms import Charges
 from abf.model.store import with_edit_heads
 from abf.train.config import BlockObjective
 from abf.train.step import Trainer

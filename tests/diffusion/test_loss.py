@@ -18,14 +18,8 @@ from abf.data.loader import PackedBatch
 from abf.diffusion.config import LossConfig
 from abf.diffusion.corrupt.base import Noised
 from abf.diffusion.layout import block_starts, clean_ranges, positions, run_starts
-from abf.diffusion.loss import (
-    block_charges,
-    combine,
-    count_terms,
-    loss_terms,
-    scatter,
-    term_weights,
-)
+from abf.diffusion.loss import block_charges, loss_terms, scatter
+from abf.diffusion.terms import combine, count_terms, term_weights
 from abf.model.transformer import Transformer
 from tests.diffusion.rows import make_batch, masked, noise, take, tiny_model
 

@@ -23,8 +23,9 @@ from abf.diffusion.layout import (
     one_stream,
     two_stream,
 )
-from abf.diffusion.loss import combine, count_terms, loss_terms, term_weights
+from abf.diffusion.loss import loss_terms
 from abf.diffusion.needed import Line, needed
+from abf.diffusion.terms import combine, count_terms, term_weights
 from tests.diffusion.path.test_reads import editing_model
 from tests.diffusion.rows import make_batch, noise
 

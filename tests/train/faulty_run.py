@@ -13,7 +13,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from abf.diffusion.loss import Term, loss_terms
+from abf.diffusion.loss import loss_terms
+from abf.diffusion.terms import Term
 from abf.errors import AbfError
 from abf.train import forward
 from tests.train.tiny_run import tiny_train

@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from abf.data.loader import row_indices
-from abf.diffusion.loss import Term, loss_terms
+from abf.diffusion.loss import loss_terms
+from abf.diffusion.terms import Term
 from abf.errors import ArtifactError, ConfigError, DivergenceError, Interrupted, ResumeError
 from abf.track.journal import metrics_table, read_journal
 from abf.train import checkpoint, forward, loop, saver, step

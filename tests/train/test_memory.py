@@ -15,7 +15,8 @@ from abf.data.loader import PackedRows
 from abf.diffusion.config import Corruption, LossConfig, MaskedCorruption, PathCorruption
 from abf.diffusion.corrupt.base import build_corruption
 from abf.diffusion.head import CHUNK
-from abf.diffusion.loss import combine, loss_terms, term_weights
+from abf.diffusion.loss import loss_terms
+from abf.diffusion.terms import combine, term_weights
 from abf.model.store import empty_model, with_edit_heads
 from abf.model.transformer import Transformer
 from abf.train.memory import Pass, Spread, parameters, peak_memory

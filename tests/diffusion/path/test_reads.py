@@ -17,8 +17,9 @@ from abf.diffusion.config import LossConfig, PathCorruption
 from abf.diffusion.corrupt.base import build_corruption
 from abf.diffusion.corrupt.path import PathNoised
 from abf.diffusion.layout import block_starts, positions, two_stream
-from abf.diffusion.loss import block_charges, count_terms, scatter
+from abf.diffusion.loss import block_charges, scatter
 from abf.diffusion.path.law import ABSENT, MASKED, WRONG, PathLaw
+from abf.diffusion.terms import count_terms
 from abf.model.config import ModelConfig
 from abf.model.huggingface import save_hf
 from abf.model.store import load_weights, with_edit_heads

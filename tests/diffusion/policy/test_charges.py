@@ -14,7 +14,7 @@ from abf.diffusion.config import DraftsConfig, LossConfig, PathCorruption
 from abf.diffusion.corrupt.base import build_corruption
 from abf.diffusion.corrupt.path import PathNoised
 from abf.diffusion.layout import positions
-from abf.diffusion.loss import block_charges, count_terms, loss_terms, scatter
+from abf.diffusion.loss import block_charges, loss_terms, scatter
 from abf.diffusion.policy.align import align
 from abf.diffusion.policy.watch import (
     COMPLETE_COUNTS,
@@ -23,6 +23,7 @@ from abf.diffusion.policy.watch import (
     watch_complete,
     watch_edits,
 )
+from abf.diffusion.terms import count_terms
 from abf.model.store import with_edit_heads
 from abf.model.transformer import EDITS, Transformer
 from tests.diffusion.rows import V, make_batch, take, tiny_model
