@@ -109,7 +109,7 @@ def base(job: Job, run: StageRun) -> dict[str, Any]:
             run_dir=run.directory,
             label=f"base {job.directory.name}",
             accept=job.accept,
-            peak_tflops=_peak_tflops(job),
+            peak_tflops=job.peak_tflops(),
         )
     if not result.first:
         return {}
@@ -149,7 +149,7 @@ def train(job: Job, run: StageRun) -> dict[str, Any]:
             run_dir=run.directory,
             label=f"train {job.directory.name}",
             accept=job.accept,
-            peak_tflops=_peak_tflops(job),
+            peak_tflops=job.peak_tflops(),
         )
     if not result.first:
         return {}
@@ -246,22 +246,10 @@ def mlflow(job: Job, run: StageRun) -> dict[str, Any]:
 STAGE_COMMANDS: dict[str, Callable[[Job, StageRun], dict[str, Any]]] = {
     function.__name__: function
     for function in (
-        fetch,
-        prepare,
-        tokenizer,
-        tokenize,
-        segment,
-        pack,
-        base,
-        convert,
-        train,
-        decode,
-        score,
-        ledger,
-        report,
-        mlflow,
+        fetch, prepare, tokenizer, tokenize, segment, pack, base, convert, train, decode, score,
+        ledger, report, mlflow,
     )
-}
+}  # fmt: skip
 
 
 def _reading(job: Job) -> dict[str, Any]:
@@ -271,12 +259,6 @@ def _reading(job: Job) -> dict[str, Any]:
         return {"shift": True}
     loss = objective["loss"]
     return {"shift": loss["shift"], "clean_stream": loss["clean_stream"]}
-
-
-def _peak_tflops(job: Job) -> float | None:
-    """What the site says that a rank's device can do, if it says it."""
-    launch = job.launch()
-    return None if launch is None else launch.peak_tflops
 
 
 def run_stage(name: str, path: Path, *, declared: bool = True, accept: Sequence[str] = ()) -> None:

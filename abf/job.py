@@ -112,6 +112,11 @@ class Job:
                 f"{path} is damaged ({where}: {fault['msg']}): delete it, and `abf plan` writes it"
             ) from None
 
+    def peak_tflops(self) -> float | None:
+        """What the site says that a rank's device can do, if it says it."""
+        launch = self.launch()
+        return None if launch is None else launch.peak_tflops
+
     def cores(self) -> int:
         """Processor cores that its work is given, for the ledger."""
         config = self.document["config"]
