@@ -48,6 +48,15 @@ def conf(box: Box, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[
     """Ask the box, from a folder of one's own, and leave no job behind."""
     monkeypatch.setenv("SLURM_CONF", box.env["SLURM_CONF"])
     monkeypatch.chdir(tmp_path)
+    looks: list[float] = []
+
+    def settled() -> bool:
+        used = measure(tmp_path, site(box))[0]
+        looks.append(used.spent_node_hours + used.committed_node_hours)
+        return len(looks) > 1 and looks[-1] == looks[-2]
+
+    # The last seconds of jobs that ended right before may not be on record yet.
+    wait_for("the books of tests before", settled, seconds=60, every=1.5)
     yield
     box.run("scancel", f"--account={box.account}")
     empty = ("squeue", "--noheader", f"--account={box.account}", "--states=PD,R,CG")
